@@ -1,0 +1,1 @@
+"""Order, settings and the command line: what runs when, and with which parameters."""

@@ -1,0 +1,171 @@
+"""The five questions everything expensive is made of, and their answers.
+
+An Ask is one exact question to one exact model. Its key is a hash of its whole content, so prompt, model, adapter and
+upstream text are in the key by construction, and code is not. Knows nothing of engines or stores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from typing import Any, Literal
+
+KEY_VERSION = 1  # part of every key: raising it makes every known answer unknown
+
+Kind = Literal["fetch", "generate", "choose", "embed", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Exact weights: a name at a resolved revision or content digest, and what changes its numbers on purpose."""
+
+    name: str
+    revision: str
+    dtype: str = "float32"
+    quantisation: str = "none"
+    max_pixels: int | None = None
+    adapter: str | None = None  # sha256 of the adapter's blob
+
+    @property
+    def slug(self) -> str:
+        """A name for folders: `embedded-vlm@1a2b3c4d5e6f`."""
+        return f"{self.name.replace('/', '--')}@{self.revision[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image inside a message, by the sha256 of its original bytes."""
+
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: text and pictures in the order in which the model reads them."""
+
+    role: Literal["system", "user", "assistant"]
+    parts: tuple[str | Picture, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How text is drawn; temperature 0 is greedy and ignores `top_p` and `seed`."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Which bytes are at `uri` at this `version` (ETag, or size and mtime)?"""
+
+    uri: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """What does the model write after these messages?"""
+
+    model: Model
+    messages: tuple[Message, ...]
+    decoding: Decoding
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """How likely is each choice as the model's next words? A choice is a name and its surface forms."""
+
+    model: Model
+    messages: tuple[Message, ...]
+    choices: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """Which unit vector does the model give this text or this picture?"""
+
+    model: Model
+    content: str | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One supervised turn: the prompt that scoring will render, and the answer to learn."""
+
+    messages: tuple[Message, ...]
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """What adapter does this recipe make of the examples with this digest?
+
+    `examples` and `validation` travel with the Ask but stay out of its key: `digest` stands for both.
+    """
+
+    model: Model
+    recipe: str  # canonical JSON
+    digest: str
+    examples: Sequence[Example] = field(default=(), compare=False, repr=False)
+    validation: Sequence[Example] = field(default=(), compare=False, repr=False)
+
+
+Ask = Fetch | Generate | Choose | Embed | Train
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer, or a failure of lasting or passing kind (`error` is its class, `value` then None).
+
+    `value` by kind: Fetch `{"sha256", "width", "height"}`; Generate the text; Choose `{"logprobs": {choice: float},
+    "mass": float}` (natural logs, unmasked, full vocabulary); Embed a list of floats of norm 1; Train `{"sha256",
+    "curves": [...]}`.
+    """
+
+    value: Any = None
+    error: str | None = None
+    detail: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    seconds: float = 0.0
+    engine: str = ""
+    passing: bool = False
+
+
+def kind(ask: Ask) -> Kind:
+    """The lower-case name of the question, as used in folder names."""
+    return type(ask).__name__.lower()  # type: ignore[return-value]
+
+
+def model_of(ask: Ask) -> str:
+    """The folder name of the model an Ask goes to; `source` for a Fetch."""
+    return "source" if isinstance(ask, Fetch) else ask.model.slug
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def render(ask: Ask) -> str:
+    """The Ask as canonical JSON, as kept in the store for `why`; examples stand as their digest."""
+    if isinstance(ask, Train):
+        content: dict[str, Any] = {"model": asdict(ask.model), "recipe": ask.recipe, "digest": ask.digest}
+    else:
+        content = asdict(ask)
+    return canonical({"kind": kind(ask), "version": KEY_VERSION, **content})
+
+
+def key(ask: Ask) -> bytes:
+    """The 32-byte name of this exact question."""
+    return sha256(render(ask).encode()).digest()
+
+
+def digest(*values: Any) -> str:
+    """A hex sha256 over JSON-able values, for fingerprints."""
+    return sha256(canonical(values).encode()).hexdigest()

@@ -1,0 +1,169 @@
+"""generic: items and interactions in Parquet, CSV, TSV or JSONL files of your own, under your own column names.
+
+Also the parsing every reader of files shares: which number and which time a piece of text is, and the reject when it is
+none. Text never fails a run: what cannot be parsed is handed back with file, line and reason.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Literal
+
+import polars as pl
+
+from mllmsrec_core import stage
+from mllmsrec_core.datasets import INTERACTIONS, ITEMS, REJECTS, Catalogue
+from mllmsrec_core.stage import Source
+
+Unit = Literal["s", "ms", "us", "iso"]
+TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000}  # a second in each unit
+EARLIEST, LATEST = datetime(1990, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)  # a time outside is a wrong unit
+QUOTED = 80  # characters of a bad value shown in its reject
+
+
+class ItemColumns(stage.Params):
+    item_id: str = "item_id"
+    title: str | None = "title"
+    description: str | None = None
+    category: str | None = None
+    attributes: tuple[str, ...] = ()  # kept together as one JSON object
+    image: str | None = None  # a path below the root, an absolute URI, or a list of either (the first wins)
+    image_version: str | None = None
+
+
+class InteractionColumns(stage.Params):
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    at: str | None = "at"  # none: rows are in order
+    rating: str | None = None
+
+
+class Params(stage.Params):
+    items_file: str = "items.csv"
+    interactions_file: str = "interactions.csv"
+    at_unit: Unit = "s"
+    liked_from: float | None = None  # ratings from here on are liked; none: every interaction is
+    item_columns: ItemColumns = ItemColumns()
+    interaction_columns: InteractionColumns = InteractionColumns()
+
+
+def read(source: Source | None, params: Params) -> Catalogue:
+    """The catalogue of files laid out as `params` says. Raises SourceError for a missing file or column."""
+    assert source is not None, "the runner opens a source for every dataset that has a path"
+    items, broken_items = items_in(source, params.items_file, params.item_columns)
+    interactions, rejects = interactions_in(
+        source, params.interactions_file, params.interaction_columns, params.at_unit, params.liked_from
+    )
+    return Catalogue(items, interactions, pl.concat([broken_items, rejects]))
+
+
+def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Items with the columns of ITEMS, `image_version`, `source` and `line`; and the broken rows of their file."""
+    mapped = {ours: theirs for ours, theirs in columns.model_dump(exclude={"attributes"}).items() if theirs}
+    frame, broken = source.table(name, mapped | {f"attribute:{theirs}": theirs for theirs in columns.attributes})
+    missing = {ours: pl.lit(None, pl.String) for ours in ("title", "description", "category", "image", "image_version")}
+    frame = frame.with_columns(**{ours: value for ours, value in missing.items() if ours not in mapped})
+    attributes = [pl.col(f"attribute:{theirs}").alias(theirs) for theirs in columns.attributes]
+    return frame.select(
+        *(pl.col(ours).cast(pl.String) for ours in ("item_id", "title", "description", "category", "image_version")),
+        attributes=pl.struct(attributes).struct.json_encode() if attributes else pl.lit(None, pl.String),
+        image_uri=absolute(first_filled("image", frame.schema["image"]), source.uri("")),
+        source=pl.lit(name),
+        line="line",
+    ).select(*ITEMS, "image_version", "source", "line"), broken
+
+
+def interactions_in(
+    source: Source, name: str, columns: InteractionColumns, unit: Unit, liked_from: float | None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Interactions with the columns of INTERACTIONS; rows whose time or rating is none are rejects."""
+    frame, broken = source.table(name, {ours: theirs for ours, theirs in columns.model_dump().items() if theirs})
+    at, rating = pl.lit(None, INTERACTIONS["at"]), pl.lit(None, pl.Float64)
+    reason = pl.lit(None, pl.String)
+    if columns.rating:
+        rating = number(pl.col("rating"))
+        reason = unless(rating.is_not_null(), columns.rating, "a number", required=liked_from is not None)
+    if columns.at:
+        at = moment("at", frame.schema["at"], unit)
+        allowed = f"a time between {EARLIEST.year} and {LATEST.year} in at_unit `{unit}`"
+        reason = pl.coalesce(unless(at.is_not_null(), columns.at, allowed, ours="at", required=True), reason)
+    parsed = frame.with_columns(source=pl.lit(name), reason=reason, parsed_at=at, parsed_rating=rating)
+    good = parsed.filter(pl.col("reason").is_null()).select(
+        pl.col("user_id", "item_id").cast(pl.String),
+        at="parsed_at",
+        rating="parsed_rating",
+        liked=pl.lit(True) if liked_from is None else pl.col("parsed_rating") >= liked_from,
+        source="source",
+        line="line",
+    )
+    bad = parsed.filter(pl.col("reason").is_not_null()).select(*REJECTS)
+    return good, pl.concat([broken, bad])
+
+
+def number(column: pl.Expr) -> pl.Expr:
+    """A finite Float64, or null."""
+    parsed = column.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+    return pl.when(parsed.is_finite()).then(parsed)
+
+
+def moment(name: str, dtype: pl.DataType, unit: Unit) -> pl.Expr:
+    """A UTC time between 1990 and 2100, or null. A typed time ignores `unit`; without an offset it is taken as UTC."""
+    column = pl.col(name)
+    if dtype.is_temporal():
+        naive = dtype == pl.Date or getattr(dtype, "time_zone", None) is None
+        time = column.cast(pl.Datetime("us"))
+        at = time.dt.replace_time_zone("UTC") if naive else time.dt.convert_time_zone("UTC")
+    elif unit == "iso":
+        at = _iso(column.cast(pl.String).str.strip_chars())
+    else:
+        text = column.cast(pl.String).str.strip_chars()
+        whole = text.cast(pl.Int64, strict=False)
+        ticks = pl.coalesce(whole, text.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
+        second = TICKS[unit]
+        sane = ticks.is_between(int(EARLIEST.timestamp()) * second, int(LATEST.timestamp()) * second)
+        at = pl.when(sane).then(ticks * (1_000_000 // second)).cast(INTERACTIONS["at"])
+    return pl.when(at.is_between(EARLIEST, LATEST)).then(at)
+
+
+def _iso(text: pl.Expr) -> pl.Expr:
+    """ISO 8601 text, a date alone included, as UTC."""
+    text = text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "${1}T00:00:00").str.replace(" ", "T", literal=True)
+    text = text.str.replace(r"[zZ]$", "+00:00").str.replace(r"(T[0-9:.]+)$", "${1}+00:00")
+    return text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False)
+
+
+def unless(good: pl.Expr, column: str, what: str, ours: str = "rating", *, required: bool) -> pl.Expr:
+    """The reject's reason where `good` does not hold; an empty value is one only where it is `required`."""
+    text = pl.col(ours).cast(pl.String).str.strip_chars()
+    empty = text.is_null() | (text == "")
+    said = pl.concat_str(pl.lit(f"{column} `"), text.str.slice(0, QUOTED), pl.lit(f"` is not {what}"))
+    return pl.when(empty).then(pl.lit(f"{column} is empty") if required else None).when(~good).then(said)
+
+
+def first_filled(name: str, dtype: pl.DataType) -> pl.Expr:
+    """The first value of a list, or of JSON text that is a list, that is not empty; a plain value as it is."""
+    if isinstance(dtype, pl.List | pl.Array):
+        return pl.col(name).cast(pl.List(pl.String)).list.eval(_filled(pl.element()).drop_nulls()).list.first()
+    return _filled(pl.col(name).cast(pl.String).map_elements(_first_listed, return_dtype=pl.String))
+
+
+def _filled(text: pl.Expr) -> pl.Expr:
+    stripped = text.str.strip_chars()
+    return pl.when(~stripped.is_in(["", "None", "null"])).then(stripped)
+
+
+def _first_listed(text: str) -> str | None:
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return next((value for value in values if isinstance(value, str) and value.strip()), None)
+
+
+def absolute(place: pl.Expr, root: str) -> pl.Expr:
+    """A path below the dataset's root as a URI; what is absolute already stays."""
+    below = pl.concat_str(pl.lit(f"{root}/"), place)
+    return pl.when(place.str.contains(r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)")).then(place).otherwise(below)

@@ -1,0 +1,107 @@
+"""What a stage is: three pure functions and a table contract.
+
+`rows(inputs)` says what the work is, one row per unit of work; `ask(row)` is a generator that yields Asks, receives their
+Replies and returns finished rows; `tables(inputs, rows)` shapes the published tables. A stage without `ask` is pure
+arithmetic. Knows nothing of engines, stores or order of execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import dataframely as dy
+import polars as pl
+from pydantic import BaseModel, ConfigDict
+
+from mllmsrec_core.ask import Ask, Model, Reply
+
+Row = dict[str, Any]
+Chain = Generator[Ask, Reply, list[Row]]
+"""Yields Asks one at a time, is sent each Reply, returns the finished rows of its unit of work.
+
+A finished row may hold `error` (an error class): such rows are counted and listed, and stay in the table.
+"""
+
+
+class Params(BaseModel):
+    """Base of every stage's parameters: whatever would change a byte of output, and nothing else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class AskParams(Params):
+    """Parameters every stage with questions shares."""
+
+    max_error_rate: float = 0.1
+
+
+class Source(Protocol):
+    """Where a dataset's files lie; paths are relative to its root. Readers in the core open files only here."""
+
+    def names(self, under: str = "") -> list[str]:
+        """Every file below `under`, sorted."""
+        ...
+
+    def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """A CSV, TSV, JSONL or Parquet file (or folder of Parquet) as its rows, and the rows that are broken.
+
+        `columns` maps our names to the file's; None takes all as they are. Text formats come as String throughout: a
+        number as it is written, nested JSON as JSON, an empty field as null; Parquet keeps its types. The UInt32 column
+        `line` counts from 1, the header included; in Parquet it is the row. Broken rows (source, line, reason) are
+        rejects.
+        Raises SourceError when the file is missing, has no bytes or lacks a column.
+        """
+        ...
+
+    def uri(self, name: str) -> str:
+        """The absolute URI by which the fetch engine finds `name`; that of the root for an empty name."""
+        ...
+
+    def version(self, name: str) -> str | None:
+        """ETag, or size and mtime, of one file, from a listing; None when there is no such file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage's functions may read: published tables, everyone's parameters, its resolved model, a source."""
+
+    tables: Mapping[str, pl.DataFrame]
+    params: Mapping[str, Any]  # stage name -> its Params
+    model: Model | None = None
+    source: Source | None = None
+    versions: Callable[[list[str]], list[str]] | None = None  # image URIs -> versions, by listing
+
+    def __getitem__(self, table: str) -> pl.DataFrame:
+        return self.tables[table]
+
+    def need_model(self) -> Model:
+        """The stage's model; a stage that asks one always has it."""
+        assert self.model is not None, "the runner resolves a model for every stage that names one"
+        return self.model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline. `reads` and `writes` name tables; `needs` names other stages whose params it reads."""
+
+    name: str
+    params: type[Params]
+    reads: tuple[str, ...]
+    writes: Mapping[str, type[dy.Schema]]
+    rows: Callable[[Inputs], pl.DataFrame]
+    tables: Callable[[Inputs, pl.DataFrame], dict[str, pl.DataFrame]]
+    ask: Callable[[Inputs, Row], Chain] | None = None
+    done: Mapping[str, Any] = field(default_factory=dict)  # polars schema of finished rows
+    needs: tuple[str, ...] = ()
+    longest_first: str | None = None  # a column of `rows`: units of work with the largest value start first
+    outside: Callable[[Inputs], Any] | None = None  # JSON-able: the version of what it reads besides tables
+
+
+def conform(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
+    """`frame` with exactly the contract's columns in order, cast, validated and sorted by its key."""
+    columns = schema.columns()
+    frame = frame.select(pl.col(name).cast(column.dtype) for name, column in columns.items())
+    return schema.validate(frame).sort(schema.primary_key())

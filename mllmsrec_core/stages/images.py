@@ -1,0 +1,96 @@
+"""images: the bytes behind every picture's URI, fetched once per version and named by their sha256.
+
+An item without a picture, and a picture that cannot be had or read, are states that later stages have words for. Only
+passing trouble (a timeout, a 5xx) and unknown failures count as errors of the run. Knows nothing of where pictures lie.
+"""
+
+from __future__ import annotations
+
+import dataframely as dy
+import polars as pl
+
+from mllmsrec_core.ask import Fetch, key
+from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
+
+STATUS = {"image_missing": "missing", "image_unreadable": "unreadable", "image_refused": "refused"}
+UNKNOWN = "unknown"  # the version of a picture nobody can list: fetched once and for ever
+
+
+class Params(AskParams):
+    pass
+
+
+class Images(dy.Schema):
+    item_id = dy.String(primary_key=True)
+    sha256 = dy.String(nullable=True)
+    width = dy.Int32(nullable=True, min=1)
+    height = dy.Int32(nullable=True, min=1)
+    status = dy.Enum(["ok", "missing", "unreadable", "refused"])
+    reason = dy.String(nullable=True)  # the error class, lasting or passing
+    detail = dy.String(nullable=True)  # what the engine said of it
+    ask = dy.Binary(nullable=True)
+    error = dy.String(nullable=True)  # the class again where it counts against max_error_rate
+
+
+DONE = {
+    "uri": pl.String,
+    "given": pl.String,
+    "sha256": pl.String,
+    "width": pl.Int32,
+    "height": pl.Int32,
+    "status": pl.String,
+    "reason": pl.String,
+    "detail": pl.String,
+    "ask": pl.Binary,
+    "error": pl.String,
+}
+
+
+def rows(inputs: Inputs) -> pl.DataFrame:
+    """One row per distinct picture: `given` is the version the dataset gave, `version` that or the one listed."""
+    pictures = inputs["items"].select(uri="image_uri", given="image_version").drop_nulls("uri").unique().sort(pl.all())
+    unlisted = pictures.filter(pl.col("given").is_null())["uri"].to_list()
+    listed = inputs.versions(unlisted) if inputs.versions else [UNKNOWN] * len(unlisted)
+    versions = pl.DataFrame({"uri": unlisted, "listed": listed}, schema={"uri": pl.String, "listed": pl.String})
+    return pictures.join(versions, on="uri", how="left", maintain_order="left").select(
+        "uri", "given", version=pl.coalesce("given", "listed")
+    )
+
+
+def ask(inputs: Inputs, row: Row) -> Chain:
+    question = Fetch(row["uri"], row["version"])
+    reply = yield question
+    found = reply.value or {}
+    lasting = reply.error in STATUS
+    return [
+        {
+            "uri": row["uri"],
+            "given": row["given"],
+            "sha256": found.get("sha256"),
+            "width": found.get("width"),
+            "height": found.get("height"),
+            "status": "ok" if found else STATUS.get(reply.error or "", "missing"),
+            "reason": reply.error,
+            "detail": reply.detail or None,
+            "ask": key(question),
+            "error": None if lasting else reply.error,
+        }
+    ]
+
+
+def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    wanted = inputs["items"].select("item_id", uri="image_uri", given="image_version")
+    images = wanted.join(done, on=["uri", "given"], how="left", nulls_equal=True)
+    return {"images": images.with_columns(pl.col("status").fill_null("missing"))}
+
+
+STAGE = Stage(
+    name="images",
+    params=Params,
+    reads=("items",),
+    writes={"images": Images},
+    rows=rows,
+    ask=ask,
+    tables=tables,
+    done=DONE,
+)

@@ -1,0 +1,156 @@
+"""preference: what a user likes, in words, after each stretch of history; every step is kept, so drift is a feature.
+
+recurrent  blocks of `block` items, each read together with the preference before it (MLLM-MSR, blocks of 3)
+window     a window of items moved by `step`, with the time between items said in words (MLLM-SRec)
+direct     the whole history at once (the MSR_R ablation)
+none       no question; scoring then leans on the last titles
+
+Only liked interactions are read. Blocks are cut from the oldest item and only whole ones are asked, so a new click never
+changes a finished step; what is younger than the last step reaches scoring through `score.keep_last`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import dataframely as dy
+import polars as pl
+
+from mllmsrec_core.ask import Decoding, Generate, Message, key
+from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
+from mllmsrec_core.text import clean, fence
+
+RECURRENT = (
+    "What is known of a user's preference: {previous}\n"
+    "Items the user chose since then, oldest first:\n{items}\n"
+    "State the user's preference now, in one sentence."
+)
+WINDOW = "Items a user chose, oldest first:\n{items}\nState the user's preference, in one sentence."
+NOTHING_KNOWN = "nothing yet"
+
+
+class Params(AskParams):
+    model: str = ""
+    mode: Literal["recurrent", "window", "direct", "none"] = "recurrent"
+    block: int = 3  # MLLM-MSR's best block size
+    window: int = 5
+    step: int = 3
+    max_steps: int = 0  # 0: no limit; else the oldest steps are dropped, `max_steps` at a time
+    recurrent_prompt: str = RECURRENT
+    window_prompt: str = WINDOW
+    max_tokens: int = 200
+
+
+class Preferences(dy.Schema):
+    user_id = dy.String(primary_key=True)
+    step = dy.Int32(primary_key=True, min=1)
+    upto_seq = dy.Int32()
+    n_items = dy.Int32(min=1)
+    preference = dy.String(nullable=True)
+    is_latest = dy.Bool()
+    ask = dy.Binary(nullable=True)
+    error = dy.String(nullable=True)
+
+
+def gap(days: float) -> str:
+    """The time between two interactions in words a small model can tell apart."""
+    if days < 1:
+        return "the same day"
+    for size, unit in ((365, "year"), (30, "month"), (7, "week"), (1, "day")):
+        if days >= size:
+            count = int(days // size)
+            return f"{count} {unit}{'s' if count > 1 else ''} later"
+    raise AssertionError("days >= 1 was checked above")
+
+
+def listing(items: list[dict[str, Any]], with_gaps: bool) -> str:
+    """Numbered, fenced item texts; `with_gaps` says the time since the item before."""
+    lines = []
+    for number, item in enumerate(items, 1):
+        before = items[number - 2]["at"] if with_gaps and number > 1 else None
+        when = f" ({gap((item['at'] - before).total_seconds() / 86_400)})" if before and item["at"] else ""
+        lines.append(f"{number}.{when} {fence(item['text'])}")
+    return "\n".join(lines)
+
+
+def recurrent_prompt(params: Params, previous: str | None, items: list[dict[str, Any]]) -> tuple[Message, ...]:
+    known = fence(previous) if previous else NOTHING_KNOWN
+    return (Message("user", (params.recurrent_prompt.format(previous=known, items=listing(items, False)),)),)
+
+
+def window_prompt(params: Params, items: list[dict[str, Any]]) -> tuple[Message, ...]:
+    return (Message("user", (params.window_prompt.format(items=listing(items, params.mode == "window")),)),)
+
+
+def cut(params: Params, n_items: int) -> list[tuple[int, int]]:
+    """The item range [start, stop) each step reads, oldest step first."""
+    if params.mode == "none" or n_items == 0:
+        return []
+    if params.mode == "direct":
+        return [(0, n_items)]
+    size, stride = (params.block, params.block) if params.mode == "recurrent" else (params.window, params.step)
+    steps = [(start, start + size) for start in range(0, n_items - size + 1, stride)]
+    if params.max_steps and len(steps) > params.max_steps:
+        steps = steps[(len(steps) // params.max_steps - 1) * params.max_steps :]
+    return steps
+
+
+def rows(inputs: Inputs) -> pl.DataFrame:
+    """One row per user with the liked history, oldest first: `history` is a list of structs (seq, at, text)."""
+    texts = (
+        inputs["items"]
+        .select("item_id", "title")
+        .join(inputs["item_summaries"].select("item_id", "summary"), on="item_id", how="left")
+        .select("item_id", text=pl.coalesce("summary", "title").fill_null("an unknown item"))
+    )
+    return (
+        inputs["interactions"]
+        .filter("liked")
+        .join(texts, on="item_id")
+        .sort("user_id", "seq")
+        .group_by("user_id", maintain_order=True)
+        .agg(history=pl.struct("seq", "at", "text"), n=pl.len())
+    )
+
+
+def ask(inputs: Inputs, row: Row) -> Chain:
+    params: Params = inputs.params["preference"]
+    done: list[Row] = []
+    previous: str | None = None
+    for step, (start, stop) in enumerate(cut(params, len(row["history"])), 1):
+        items = row["history"][start:stop]
+        if params.mode == "recurrent":
+            messages = recurrent_prompt(params, previous, items)
+        else:
+            messages = window_prompt(params, items)
+        question = Generate(inputs.need_model(), messages, Decoding(params.max_tokens))
+        reply = yield question
+        previous = clean(reply.value) or previous  # a failed step leaves the one before standing
+        done.append(
+            {
+                "user_id": row["user_id"],
+                "step": step,
+                "upto_seq": items[-1]["seq"],
+                "n_items": stop - start,
+                "preference": previous,
+                "ask": key(question),
+                "error": reply.error,
+            }
+        )
+    return done
+
+
+def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    return {"preferences": done.with_columns(is_latest=pl.col("step") == pl.col("step").max().over("user_id"))}
+
+
+STAGE = Stage(
+    name="preference",
+    params=Params,
+    reads=("interactions", "items", "item_summaries"),
+    writes={"preferences": Preferences},
+    rows=rows,
+    ask=ask,
+    tables=tables,
+    longest_first="n",
+)

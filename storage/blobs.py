@@ -1,0 +1,39 @@
+"""Bytes named by their sha256: pictures and adapters."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from mllmsrec_core.errors import StoreError
+from storage.files import Files
+
+
+def _name(digest: str) -> str:
+    return f"blobs/{digest[:2]}/{digest}"
+
+
+class Blobs:
+    """Content-addressed bytes below `blobs/`; writing what is there already writes nothing."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def put(self, content: bytes) -> str:
+        """Keep `content`; returns its sha256."""
+        digest = sha256(content).hexdigest()
+        if not self.has(digest):
+            self.files.write(_name(digest), content)
+        return digest
+
+    def get(self, digest: str) -> bytes:
+        """The bytes named `digest`. Raises StoreError when they are gone."""
+        try:
+            return self.files.read(_name(digest))
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"blob {digest} is not in {self.files.url}; it was removed by hand or the store was copied in part. "
+                "Restore it, or run `mllmsrec run --stage images --reask`."
+            ) from error
+
+    def has(self, digest: str) -> bool:
+        return self.files.exists(_name(digest))

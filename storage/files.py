@@ -1,0 +1,106 @@
+"""One root on one fsspec file system: the few operations everything else in the store is built from.
+
+A file is whole or absent: local writes go to a temporary file, are flushed to disk and renamed; object stores take one
+PUT; memory is atomic as it is. Nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from mllmsrec_core.errors import StoreError
+
+
+class Files:
+    """Paths are relative to the root, with forward slashes."""
+
+    def __init__(self, url: str) -> None:
+        self.fs, root = fsspec.url_to_fs(url)
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.url = url
+
+    def path(self, name: str) -> str:
+        """The file system's own path of `name`."""
+        return f"{self.root}/{name}"
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write `name` so that it is whole or absent. Raises StoreError when the store cannot take it."""
+        path = self.path(name)
+        try:
+            if self.local:
+                _write_local(path, content)
+            else:
+                self.fs.pipe_file(path, content)
+        except OSError as error:
+            why = "no space left" if error.errno == errno.ENOSPC else str(error)
+            raise StoreError(
+                f"cannot write {path}: {why}. Everything written before is kept; free space or fix access, then repeat the command."
+            ) from error
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write `name` unless it exists; False when it does. Two racers never both win."""
+        path = self.path(name)
+        if self.local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+            _write_local(temporary, content)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            return True
+        try:
+            self.fs.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, name: str) -> bytes:
+        """The bytes of `name`. Raises FileNotFoundError."""
+        return self.fs.cat_file(self.path(name))
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(self.path(name))
+
+    def names(self, under: str, suffix: str = "") -> list[str]:
+        """Every file below the folder `under` whose name ends with `suffix`, sorted; empty where there is no folder."""
+        base = self.path(under)
+        found = (path[len(self.root) + 1 :] for path in self._walk(base))
+        return sorted(name for name in found if name.endswith(suffix))
+
+    def _walk(self, base: str) -> Iterator[str]:
+        try:
+            yield from (str(path) for path in self.fs.find(base))
+        except FileNotFoundError:
+            return
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with everything below it; nothing happens where there is none."""
+        if self.exists(name):
+            self.fs.rm(self.path(name), recursive=True)
+
+
+def _write_local(path: str, content: bytes) -> None:
+    """Temporary file beside the target, fsync, rename."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

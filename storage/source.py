@@ -1,0 +1,301 @@
+"""A dataset's files on any fsspec URL: lists them, reads tables, and says which version of a picture lies where.
+
+One broken row never costs the others: what does not parse is handed back beside what does, with line and reason.
+Knows file formats, not datasets: what a column means is the reader's business.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any
+
+import fsspec
+import polars as pl
+import pyarrow.dataset
+from fsspec.core import split_protocol
+
+from mllmsrec_core.datasets import REJECTS
+from mllmsrec_core.errors import SourceError, nearest
+from storage.files import Files
+
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".psv": "|", ".ssv": ";"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+CHUNK = 100_000  # rows of text turned into a frame at a time, so that 10 million never stand in Python objects at once
+
+# Where file systems keep what changes when a file does, best first.
+MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+UNKNOWN, ABSENT = "unknown", "absent"
+
+
+class FsspecSource:
+    """The dataset at `url`. Pictures may also lie below `image_roots`; nothing elsewhere is ever listed."""
+
+    def __init__(self, url: str, image_roots: Sequence[str] = ()) -> None:
+        self.url = url
+        self.files = Files(url)
+        if self.files.local:
+            self.files.root = os.path.normpath(self.files.root)
+        self.roots = (self.uri(""), *image_roots)
+
+    def names(self, under: str = "") -> list[str]:
+        """Every file below `under`, sorted; empty where there is no such folder."""
+        return self.files.names(under)
+
+    def uri(self, name: str) -> str:
+        """The absolute path (local) or URL (elsewhere) of `name`; of the root for an empty name."""
+        path = self.files.path(name) if name else self.files.root
+        return path if self.files.local else self.files.fs.unstrip_protocol(path)
+
+    def version(self, name: str) -> str | None:
+        """ETag, or size and mtime, of one file; None when there is no such file."""
+        try:
+            info = self.files.fs.info(self.files.path(name))
+        except FileNotFoundError:
+            return None
+        return _version(info) if info["type"] == "file" else None
+
+    def versions(self, uris: list[str]) -> list[str]:
+        """The version of each picture, from one listing per folder.
+
+        `absent` where the listing lacks it, `1` for demo://, `unknown` for what is not ours to list (http, elsewhere).
+        """
+        folders: dict[str, set[str]] = defaultdict(set)
+        for uri in uris:
+            if not uri.startswith(("demo://", "http://", "https://")):
+                folders[uri.rpartition("/")[0]].add(uri)
+        known = {"demo": "1"}
+        found: dict[str, str] = {}
+        for folder, members in sorted(folders.items()):
+            found |= self._listed(folder, members)
+        return [found.get(uri) or known.get(uri.partition("://")[0], UNKNOWN) for uri in uris]
+
+    def _listed(self, folder: str, members: set[str]) -> dict[str, str]:
+        try:
+            if not any(inside(folder, root) for root in self.roots):
+                return dict.fromkeys(members, UNKNOWN)
+            fs, path = fsspec.url_to_fs(folder)
+            fs.invalidate_cache()
+            infos = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            infos = []
+        except (OSError, ValueError):  # a folder nobody may list, a name no file system takes: the fetch will tell
+            return dict.fromkeys(members, UNKNOWN)
+        by_name = {info["name"].rpartition("/")[2]: _version(info) for info in infos if info["type"] == "file"}
+        return {uri: by_name.get(uri.rpartition("/")[2], ABSENT) for uri in members}
+
+    def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """The rows of a file, and its broken ones: see `mllmsrec_core.stage.Source`."""
+        plain = name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
+        extension = os.path.splitext(plain)[1].lower()
+        if extension == ".parquet" or self.files.fs.isdir(self.files.path(name)):
+            frame = self._parquet(name)
+            return _wanted(frame, columns, frame.columns, self._where(name)), pl.DataFrame(schema=REJECTS)
+        content = self._read(name)
+        if extension in DELIMITERS:
+            frame, broken = _delimited(content, DELIMITERS[extension], self._where(name))
+            known: Iterable[str] = frame.columns
+        elif extension in JSON_LINES:
+            frame, broken, known = _json_lines(content, set(columns.values()) if columns else None)
+        else:
+            raise SourceError(
+                f"cannot tell the format of {self._where(name)}: name it .parquet, "
+                f"{', '.join((*DELIMITERS, *JSON_LINES))}, or one of these with {', '.join(COMPRESSED)}"
+            )
+        rejects = pl.DataFrame([(name, line, reason) for line, reason in broken], schema=REJECTS, orient="row")
+        return _wanted(frame, columns, known, self._where(name)), rejects
+
+    def _where(self, name: str) -> str:
+        return self.uri(name)
+
+    def _missing(self, name: str) -> SourceError:
+        known = self.names()
+        if not known:
+            return SourceError(f"there is no {self._where(name)}, nor anything else in {self.url}; check the path")
+        hint = nearest(name, known)
+        return SourceError(f"there is no {self._where(name)}; {hint if len(hint) < 500 else 'check the file name'}")
+
+    def _read(self, name: str) -> bytes:
+        try:
+            with self.files.fs.open(self.files.path(name), "rb", compression="infer") as file:
+                content = file.read()
+        except FileNotFoundError as error:
+            raise self._missing(name) from error
+        except (OSError, EOFError, ValueError) as error:
+            raise SourceError(f"cannot read {self._where(name)}: {error}; export or download it again") from error
+        if not content.strip():
+            raise SourceError(f"{self._where(name)} is empty; export or download it again")
+        return content
+
+    def _parquet(self, name: str) -> pl.DataFrame:
+        """A Parquet file or a folder of them with key=value folders as columns; parts in the order of their names."""
+        path = self.files.path(name)
+        if not self.files.fs.exists(path):
+            raise self._missing(name)
+        whole = name if self.files.fs.isdir(path) else ""
+        parts = [self.files.path(part) for part in self.names(whole) if part.endswith(".parquet")] if whole else [path]
+        if not parts:
+            raise SourceError(f"{self._where(name)} holds no .parquet file; check the path")
+        try:
+            found = pyarrow.dataset.dataset(
+                parts, filesystem=self.files.fs, format="parquet", partitioning="hive", partition_base_dir=path
+            )
+            frame = pl.from_arrow(found.to_table())
+        except (OSError, ValueError) as error:
+            raise SourceError(f"cannot read {self._where(name)} as Parquet: {error}; export it again") from error
+        assert isinstance(frame, pl.DataFrame)
+        return frame.with_columns(line=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32))
+
+
+def inside(uri: str, root: str) -> bool:
+    """Whether `uri` is `root` or lies below it, once symbolic links and `..` are followed."""
+    kinds, paths = zip(*(_place(place) for place in (uri, root)), strict=True)
+    if kinds[0] != kinds[1] or "::" in uri:
+        return False
+    if kinds[0] == "file":
+        paths = tuple(os.path.realpath(path) for path in paths)
+    elif ".." in paths[0].split("/"):
+        return False
+    return paths[0] == paths[1] or paths[0].startswith(paths[1].rstrip("/") + "/")
+
+
+def _place(uri: str) -> tuple[str, str]:
+    """The scheme and path of a URI; a plain path is a `file`."""
+    scheme, path = split_protocol(uri)
+    if scheme in (None, "file", "local"):
+        return "file", path
+    return str(scheme), path.strip("/")
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    """ETag where there is one, else size and the time of the last change."""
+    key = next((key for key in MARKS if info.get(key) is not None), None)
+    if key is None:
+        return f"{info.get('size')}-{UNKNOWN}"
+    mark = info[key]
+    if key in ("ETag", "etag", "md5Hash"):
+        return str(mark).strip('"')
+    mark = mark.timestamp() if isinstance(mark, datetime) else mark
+    return f"{info.get('size')}-{mark:.6f}" if isinstance(mark, float) else f"{info.get('size')}-{mark}"
+
+
+def _wanted(frame: pl.DataFrame, columns: Mapping[str, str] | None, known: Iterable[str], where: str) -> pl.DataFrame:
+    """`frame` under our names, with `line` last."""
+    if columns is None:
+        return frame
+    known = set(known) - {"line"}
+    for ours, theirs in columns.items():
+        if theirs not in known:
+            raise SourceError(f"{where} has no column `{theirs}` (wanted as {ours}); {nearest(theirs, known)}")
+    return frame.select(*(pl.col(theirs).alias(ours) for ours, theirs in columns.items()), "line")
+
+
+Broken = list[tuple[int, str]]  # line, reason
+
+
+def _delimited(content: bytes, delimiter: str, where: str) -> tuple[pl.DataFrame, Broken]:
+    """A delimited text file; without any quote it is split by columns, else record by record."""
+    text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    first = next(csv.reader(text.split("\n", 1), delimiter=delimiter))
+    header = [name.strip() for name in first]
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise SourceError(f"{where} has the column `{twice}` twice; rename one in the header")
+    read = _quoted if '"' in text else _unquoted
+    return read(text, header, delimiter)
+
+
+def _unquoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, Broken]:
+    lines = pl.DataFrame({"text": pl.Series([text]).str.split("\n").explode()}).with_row_index("line", 1).slice(1)
+    n_fields = pl.col("text").str.count_matches(delimiter, literal=True) + 1
+    lines = lines.with_columns(pl.col("line").cast(pl.UInt32), n=n_fields).filter(pl.col("text") != "")
+    bad = lines.filter(pl.col("n") != len(header))
+    good = lines.filter(pl.col("n") == len(header))
+    fields = good["text"].str.split_exact(delimiter, len(header) - 1).struct.unnest()
+    fields.columns = header
+    frame = fields.with_columns(pl.all().replace("", None)).with_columns(good["line"])
+    return frame, [(line, _count(n, len(header))) for line, n in bad.select("line", "n").iter_rows()]
+
+
+def _quoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, Broken]:
+    lines, broken = text.split("\n"), []
+    records = _records(lines, len(header), delimiter, broken)
+    frame = _frame(({**dict(zip(header, fields, strict=True)), "line": line} for line, fields in records), header)
+    return frame.with_columns(pl.col(header).replace("", None)), broken
+
+
+def _records(lines: list[str], width: int, delimiter: str, broken: Broken) -> Iterator[tuple[int, list[str]]]:
+    """The line and fields of each record of `width` fields after the header; the rest goes to `broken`.
+
+    A stray quote swallows the lines after it until the field limit (128 KiB) or a record of the wrong width ends it;
+    only the line it stands on is broken, and reading starts again on the next.
+    """
+    start = 1
+    while start < len(lines):
+        rest = (lines[number] + "\n" for number in range(start, len(lines)))
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        begin = start
+        try:
+            for fields in reader:
+                if len(fields) == width and fields != [""]:
+                    yield begin + 1, fields
+                elif fields:
+                    broken.append((begin + 1, _count(len(fields), width)))
+                    if start + reader.line_num > begin + 1:
+                        break
+                begin = start + reader.line_num
+            else:
+                return
+        except csv.Error as error:
+            broken.append((begin + 1, str(error)))
+        start = begin + 1
+
+
+def _count(found: int, width: int) -> str:
+    return f"{found} field{'s' if found != 1 else ''} where the header has {width}"
+
+
+def _json_lines(content: bytes, wanted: set[str] | None) -> tuple[pl.DataFrame, Broken, set[str]]:
+    """One JSON object a line; the columns are all keys of all rows, or those of them that are wanted; and all keys."""
+    broken: Broken = []
+    known: set[str] = set()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for line, text in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text.decode("utf-8", errors="replace"))
+            except (ValueError, RecursionError) as error:
+                broken.append((line, f"no JSON: {error}"))
+                continue
+            if not isinstance(row, dict):
+                broken.append((line, f"a JSON object was expected, not {type(row).__name__}"))
+                continue
+            known.update(row)
+            yield {**{key: _text(value) for key, value in row.items() if wanted is None or key in wanted}, "line": line}
+
+    return _frame(rows(), []), broken, known
+
+
+def _text(value: Any) -> str | None:
+    """A JSON value as String: scalars as they are written, nested ones as JSON, nothing as null."""
+    if value is None or value == "":
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _frame(rows: Iterable[dict[str, Any]], header: list[str]) -> pl.DataFrame:
+    """Rows as a frame of String columns and `line`, built a chunk at a time."""
+    rows, frames = iter(rows), [pl.DataFrame(schema={**dict.fromkeys(header, pl.String), "line": pl.UInt32})]
+    while chunk := list(islice(rows, CHUNK)):
+        names = dict.fromkeys(name for row in chunk for name in row if name != "line")
+        schema = {**dict.fromkeys(names, pl.String), "line": pl.UInt32}
+        frames.append(pl.DataFrame({name: [row.get(name) for row in chunk] for name in schema}, schema=schema))
+    return pl.concat(frames, how="diagonal").select(pl.exclude("line"), "line")

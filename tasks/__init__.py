@@ -1,0 +1,1 @@
+"""Prefect tasks and the engines: the only place where models are imported."""

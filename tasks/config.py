@@ -1,0 +1,70 @@
+"""What one run is told, in two kinds that are kept apart.
+
+`Pipeline` holds Params: whatever would change a byte of output. `Settings` never would: where things lie, which engine
+answers, how many at once. Knows nothing of profiles or of where values come from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from mllmsrec_core.ask import canonical
+from mllmsrec_core.stage import Params
+from mllmsrec_core.stages import STAGES
+
+
+class Settings(BaseModel):
+    """How a run goes; no field changes what it publishes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    store: str = Field("./store", description="any fsspec URL")
+    env: str = Field("dev", description="the environment the run publishes to")
+    engine: Literal["transformers"] = Field("transformers", description="who answers for models other than `scripted`")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    batch_size: int = Field(32, ge=1, description="rows per forward pass")
+    window: int = Field(256, ge=1, description="rows in flight")
+    flush_rows: int = Field(500, ge=1, description="at most this many answers are asked again after a kill")
+    flush_seconds: float = Field(5.0, gt=0, description="an answer waits at most this long to become durable")
+    allow_hosts: tuple[str, ...] = Field((), description="hosts images may come from although they are not public")
+    scratch: str = Field("", description="local folder for training checkpoints; default: beside a local store")
+
+
+class Models(Params):
+    """The model of every stage that names none of its own; `scripted` needs no weights at all."""
+
+    model: str = "embedded-vlm"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantisation: Literal["none", "nf4"] = "none"
+
+
+Pipeline: type[Models] = create_model(
+    "Pipeline",
+    __base__=Models,
+    **{stage.name: (stage.params, Field(default_factory=stage.params)) for stage in STAGES},  # type: ignore[call-overload]
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run is told."""
+
+    settings: Settings
+    params: Models  # a Pipeline
+
+    def stage_params(self) -> dict[str, Any]:
+        """Stage name -> its Params."""
+        return {stage.name: getattr(self.params, stage.name) for stage in STAGES}
+
+    def to_json(self) -> str:
+        """One line that travels to another process and names this configuration."""
+        return canonical({"settings": self.settings.model_dump(mode="json"), "params": self.params.model_dump(mode="json")})
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        values = json.loads(text)
+        return cls(Settings.model_validate(values["settings"]), Pipeline.model_validate(values["params"]))

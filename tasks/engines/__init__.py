@@ -1,0 +1,26 @@
+"""What an engine is: something that answers some kinds of Ask.
+
+An engine batches whatever waits for it. A bad row raises AskError and fails alone; EngineError ends the run. Engines know
+nothing of stages or tables; they read pictures and adapters from the blob store, and find weights by a model's slug.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mllmsrec_core.ask import Ask, Reply
+
+
+class Engine(Protocol):
+    """Answers Asks of the kinds in `answers`; many calls of `answer` are in flight at once on one event loop."""
+
+    name: str
+    answers: frozenset[type[Ask]]
+
+    async def answer(self, ask: Ask) -> Reply:
+        """The Reply to one Ask. Raises AskError for a bad row and EngineError when the engine itself is broken."""
+        ...
+
+    async def close(self) -> None:
+        """Free the model's memory. Called once."""
+        ...

@@ -1,0 +1,337 @@
+"""The engine that fetches pictures, and the one place where pictures are decoded.
+
+A URI comes from a dataset and is untrusted: a path must lie below an allowed root once links are followed, a web
+address must be public unless its host is allowed, and every redirect is checked like the first. Bytes are untrusted
+too: they are counted while they arrive, and a picture's pixels before it is decoded. Knows nothing of items or stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import TypeVar
+
+import fsspec
+import httpx
+import numpy as np
+from fsspec.core import split_protocol
+from PIL import Image
+
+from mllmsrec_core.ask import Ask, Fetch, Reply
+from mllmsrec_core.datasets import demo
+from mllmsrec_core.errors import AskError, EngineError, ImageMissing, ImageRefused, ImageUnreadable, Passing
+from storage.blobs import Blobs
+from storage.source import inside
+
+T = TypeVar("T")
+
+# What is tried at all; EPS, PSD, ICO and their like have readers with a history of holes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+Image.init()  # Image.open knows only the readers that were loaded
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 20_000_000
+MAX_REDIRECTS = 5
+ORIENTATION = 0x0112  # EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address
+
+
+class FetchEngine:
+    """Answers Fetch: the bytes go to the blob store, the reply says their sha256, width and height.
+
+    `allow_roots`: the only folders and URLs (any fsspec file system) pictures are read below. `allow_hosts`: `host` or
+    `host:port` that may be fetched from although its address is not public. `timeout`: seconds for one picture in all.
+    """
+
+    name = "fetch"
+    answers: frozenset[type[Ask]] = frozenset({Fetch})
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        *,
+        allow_roots: Sequence[str] = (),
+        allow_hosts: Collection[str] = (),
+        max_bytes: int = MAX_BYTES,
+        max_pixels: int = MAX_PIXELS,
+        timeout: float = 20.0,
+        per_host: int = 8,
+    ) -> None:
+        self.blobs = blobs
+        self.allow_roots = tuple(allow_roots)
+        self.allow_hosts = frozenset(allow_hosts)
+        self.max_bytes = max_bytes
+        self.max_pixels = max_pixels
+        self.timeout = timeout
+        self.turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(per_host))
+        self.threads = ThreadPoolExecutor(per_host, thread_name_prefix="fetch")
+        self.decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.tls = httpx.create_ssl_context()
+        self.clients: dict[str, httpx.AsyncClient] = {}
+
+    async def answer(self, ask: Ask) -> Reply:
+        assert isinstance(ask, Fetch), "the runner sends only kinds in `answers`"
+        begin = asyncio.get_running_loop().time()
+        content = await self._content(ask.uri)
+        sha256, width, height = await self._in(self.decoders, lambda: self._keep(content, ask.uri))
+        seconds = asyncio.get_running_loop().time() - begin
+        return Reply({"sha256": sha256, "width": width, "height": height}, seconds=seconds, engine=self.name)
+
+    async def close(self) -> None:
+        for client in self.clients.values():
+            await client.aclose()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _content(self, uri: str) -> bytes:
+        scheme = (split_protocol(uri)[0] or "file").lower()
+        where = httpx.URL(uri).host if scheme in ("http", "https") and _is_url(uri) else scheme
+        async with self.turns[where]:
+            try:
+                async with asyncio.timeout(self.timeout):
+                    if scheme in ("http", "https"):
+                        return await self._download(uri)
+                    read = self._draw if scheme == "demo" else self._read
+                    return await self._in(self.threads, lambda: read(uri))
+            except TimeoutError as error:
+                raise Passing(f"{uri} took more than {self.timeout:g} s") from error
+
+    async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def _keep(self, content: bytes, uri: str) -> tuple[str, int, int]:
+        width, height = check(content, self.max_pixels, uri)
+        return self.blobs.put(content), width, height
+
+    def _draw(self, uri: str) -> bytes:
+        try:
+            return demo.picture(uri)
+        except (ValueError, KeyError, LookupError) as error:
+            raise ImageMissing(f"the demo shop has no picture {uri}") from error
+
+    def _read(self, uri: str) -> bytes:
+        """The bytes of a file below an allowed root."""
+        try:
+            if not any(inside(uri, root) for root in self.allow_roots):
+                raise ImageRefused(f"{uri} lies outside the allowed roots ({', '.join(self.allow_roots) or 'none'})")
+            scheme, path = split_protocol(uri)
+            if scheme in (None, "file", "local"):
+                return self._read_local(os.path.realpath(path), uri)
+            fs, path = fsspec.url_to_fs(uri)
+            self._within(fs.size(path) or 0, uri)
+            return fs.cat_file(path)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ImageMissing(f"nothing is at {uri}") from error
+        except (PermissionError, ValueError) as error:  # ValueError: a NUL in the path
+            raise ImageMissing(f"{uri!r} cannot be read: {error}") from error
+        except ImportError as error:
+            raise EngineError(f"{uri} needs a file system that is not installed: {error}") from error
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                raise ImageMissing(f"{uri} cannot be read: {error}") from error
+            raise Passing(f"{uri} could not be read: {error}") from error
+
+    def _read_local(self, path: str, uri: str) -> bytes:
+        found = os.stat(path)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageRefused(f"{uri} is a device or a pipe, not a file")
+        self._within(found.st_size, uri)
+        with open(path, "rb") as file:
+            content = file.read(self.max_bytes + 1)
+        self._within(len(content), uri)
+        return content
+
+    def _within(self, size: int, uri: str) -> None:
+        if size > self.max_bytes:
+            raise ImageRefused(f"{uri} has more than {self.max_bytes:,} bytes")
+
+    async def _download(self, uri: str) -> bytes:
+        """The body behind `uri` after at most MAX_REDIRECTS redirects, each checked like the first address."""
+        if not _is_url(uri):
+            raise ImageRefused(f"{uri} is no valid URL")
+        url = httpx.URL(uri)
+        try:
+            for _ in range(MAX_REDIRECTS + 1):
+                response = await self._get(url)
+                try:
+                    if not response.has_redirect_location:
+                        return await self._body(response, uri)
+                    url = url.join(response.headers["Location"])
+                finally:
+                    await response.aclose()
+        except httpx.InvalidURL as error:
+            raise ImageRefused(f"{uri} leads to an invalid URL: {error}") from error
+        except httpx.HTTPError as error:
+            raise Passing(f"{uri}: {type(error).__name__} {error}".rstrip()) from error
+        raise ImageRefused(f"{uri} redirects more than {MAX_REDIRECTS} times")
+
+    async def _get(self, url: httpx.URL) -> httpx.Response:
+        """The response from the very address that was checked, so that a second look-up cannot lead elsewhere."""
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ImageRefused(f"{url} is not at a web address")
+        address, host = await self._address(url), url.netloc.decode("ascii")
+        client = self._client(f"{url.scheme}://{host}")
+        # Plain encoding: a picture is compressed already, and a bomb need not be.
+        headers = {"Host": host, "Accept-Encoding": "identity"}
+        extensions = {"sni_hostname": url.raw_host.decode("ascii")} if url.scheme == "https" else {}
+        request = client.build_request("GET", url.copy_with(host=address), headers=headers, extensions=extensions)
+        return await client.send(request, stream=True)
+
+    def _client(self, origin: str) -> httpx.AsyncClient:
+        """One pool for each host: hosts that share an address must not share a connection verified for one of them."""
+        if origin not in self.clients:
+            # Environment proxies would fetch addresses that were never checked here.
+            self.clients[origin] = httpx.AsyncClient(
+                trust_env=False, verify=self.tls, timeout=self.timeout, headers={"User-Agent": "mllmsrec"}
+            )
+        return self.clients[origin]
+
+    async def _address(self, url: httpx.URL) -> str:
+        """The address to connect to. Raises ImageRefused unless all of the host's are public or the host is allowed."""
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            host = url.raw_host.decode("ascii").strip("[]")
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise Passing(f"{url.host} has no address: {error}") from error
+        addresses = [str(info[4][0]) for info in found]
+        if not self.allow_hosts & {url.host, f"{url.host}:{port}"} and not all(map(is_public, addresses)):
+            raise ImageRefused(f"{url.host} has an address that is not public ({', '.join(addresses)})")
+        return addresses[0]
+
+    async def _body(self, response: httpx.Response, uri: str) -> bytes:
+        status = response.status_code
+        if status in (408, 425, 429) or status >= 500:
+            raise Passing(f"{uri}: HTTP {status}")
+        if status != 200:
+            raise ImageMissing(f"{uri}: HTTP {status}")
+        content = bytearray()
+        async for piece in response.aiter_bytes():  # Content-Length is a claim; what arrives is counted
+            content += piece
+            self._within(len(content), uri)
+        return bytes(content)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address, or the IPv4 address inside it, is reachable by anyone on the internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def check(content: bytes, max_pixels: int = MAX_PIXELS, name: str = "the picture") -> tuple[int, int]:
+    """Width and height as seen, after the first frame was decoded. Raises ImageUnreadable or ImageRefused."""
+    try:
+        with _opened(content, max_pixels, name) as image:
+            image.verify()
+        with _opened(content, max_pixels, name) as image:  # a verified image cannot be loaded any more
+            image.load()
+            width, height = image.size
+            turned = orientation(image) in (5, 6, 7, 8)
+            rgb(image.crop((0, 0, 1, 1)))  # some colour spaces have no way to RGB
+    except AskError:
+        raise
+    except MemoryError as error:
+        raise Passing(f"{name} did not fit into memory") from error
+    except Exception as error:  # decoders of hostile bytes raise anything
+        raise ImageUnreadable(f"{name} cannot be decoded: {error}") from error
+    return (height, width) if turned else (width, height)
+
+
+def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
+    """The picture as a model sees it: RGB, upright, its first frame, alpha over white, at most `max_pixels` large.
+
+    16-bit greys keep their range in 8 bits. The aspect is kept. Raises ImageUnreadable or ImageRefused.
+    """
+    try:
+        with _opened(content, MAX_PIXELS, "the picture") as opened:
+            if max_pixels:
+                opened.draft(None, _fitting(opened.size, max_pixels))  # JPEG: a smaller decode for less time
+            opened.load()
+            image = upright(rgb(opened), orientation(opened))
+    except AskError:
+        raise
+    except Exception as error:  # decoders of hostile bytes raise anything
+        raise ImageUnreadable(f"the picture cannot be decoded: {error}") from error
+    size = _fitting(image.size, max_pixels) if max_pixels else image.size
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded picture; 1 (upright) where there is none or it cannot be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken metadata does not make a picture unreadable
+        return 1
+
+
+def upright(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB: deep greys scaled to 8 bits, transparency over white."""
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image, dtype=np.float64)
+        if image.mode.startswith("I;16"):
+            low, high = 0.0, 65_535.0
+        else:
+            low, high = float(np.nanmin(grey)), float(np.nanmax(grey))
+        scaled = np.nan_to_num((grey - low) / ((high - low) or 1.0)) * 255
+        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
+    white = Image.new("RGBA", seen.size, "white")
+    return Image.alpha_composite(white, seen).convert("RGB")
+
+
+def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
+    """The picture with its header read. Raises ImageRefused when it claims more than `max_pixels`."""
+    if not content:
+        raise ImageUnreadable(f"{name} has zero bytes")
+    try:
+        image = Image.open(BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageRefused(f"{name}: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageRefused(f"{name} is {width} x {height}, more than {max_pixels:,} pixels")
+    return image
+
+
+def _fitting(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
+    """The largest size of the same aspect with at most `max_pixels`."""
+    width, height = size
+    scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
+    return max(1, int(width * scale)), max(1, int(height * scale))
+
+
+def _is_url(uri: str) -> bool:
+    try:
+        return bool(httpx.URL(uri).host)
+    except httpx.InvalidURL:
+        return False

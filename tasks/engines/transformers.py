@@ -1,0 +1,245 @@
+"""The transformers engine: Generate and Choose on any chat model that transformers can load, on a CPU or a GPU.
+
+The embedded default, and the reference that other engines are compared with: at float32 an answer does not depend on
+the rows it shares a batch with, beyond rounding. Knows nothing of stages; adapters and pictures come from the blob store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+import time
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mllmsrec_core.ask import Ask, Choose, Generate, Model, Picture, Reply, kind
+from mllmsrec_core.ask import key as key_of
+from mllmsrec_core.errors import EmptyReply, EngineError, MllmsrecError
+from storage.blobs import Blobs
+from tasks.engines.adapters import unpack
+from tasks.engines.batching import Batcher, Outcome
+from tasks.engines.chat import Chat, Encoded, Prompt
+from tasks.engines.checkpoint import open_checkpoint
+
+BATCH_SIZE = 32  # measured best of 8, 32, 64 for a small model on one CPU thread
+Question = Generate | Choose
+
+
+class TransformersEngine:
+    """Answers Generate and Choose.
+
+    `locations` maps a model's slug to its folder or hub id. Weights are loaded at the first Ask that needs them and
+    stay until `close`. Greedy at temperature 0; above it each row draws from a generator of its own, seeded by the
+    Ask's key, so a sampled text does not depend on batch mates either. Tokens are counted without padding, the
+    end-of-turn token with the answer.
+    """
+
+    answers: frozenset[type[Ask]] = frozenset({Generate, Choose})
+
+    def __init__(
+        self,
+        blobs: Blobs,
+        locations: Mapping[str, str],
+        *,
+        batch_size: int = BATCH_SIZE,
+        device: str = "auto",
+        name: str = "transformers",
+    ) -> None:
+        self.blobs, self.locations, self.device, self.name = blobs, locations, device, name
+        self._loaded: dict[Model, _Loaded] = {}
+        self._batches = Batcher[Question](name, batch_size, _group, self._size, self._run)
+
+    async def answer(self, ask: Ask) -> Reply:
+        """The model's text, or its raw log-probabilities at the first answer token."""
+        if not isinstance(ask, Generate | Choose):
+            raise EngineError(f"{self.name} answers generate and choose, not {kind(ask)}; name another engine for it.")
+        return await self._batches.submit(ask)
+
+    async def close(self) -> None:
+        """Free the models."""
+        await self._batches.close(self._free)
+
+    def _free(self) -> None:
+        for loaded in self._loaded.values():
+            loaded.folder.cleanup()
+        self._loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _open(self, model: Model) -> _Loaded:
+        weights = replace(model, adapter=None, max_pixels=None)
+        if weights not in self._loaded:
+            front, network = open_checkpoint(weights, self.locations, self.device)
+            self._loaded[weights] = _Loaded(network, Chat(front, self.blobs, model.slug))
+        return self._loaded[weights]
+
+    def _size(self, ask: Question) -> int:
+        """Tokens of the text alone: within a group every row has as many pictures."""
+        chat = self._open(ask.model).chat
+        return len(chat.ids(chat.render(ask.messages)))
+
+    def _run(self, asks: list[Question]) -> list[Outcome]:
+        started = time.perf_counter()
+        loaded = self._open(asks[0].model)
+        outcomes: dict[int, Outcome] = {}
+        prompts: dict[int, Prompt] = {}
+        for place, ask in enumerate(asks):
+            try:
+                prompts[place] = loaded.chat.prompt(ask.messages, ask.model.max_pixels)
+            except EngineError:
+                raise
+            except MllmsrecError as error:
+                outcomes[place] = error
+        places = list(prompts)
+        encoded = loaded.chat.encode(list(prompts.values()), loaded.room(asks[0]))
+        outcomes |= {places[place]: error for place, error in encoded.failed.items()}
+        fitting = [places[place] for place in encoded.places]
+        if fitting:
+            with loaded.wearing(asks[0].model.adapter, self.blobs), torch.inference_mode():
+                answers = loaded.answer([asks[p] for p in fitting], [prompts[p] for p in fitting], encoded)
+            outcomes |= dict(zip(fitting, answers, strict=True))
+        seconds = (time.perf_counter() - started) / len(asks)
+        return [self._signed(outcomes[place], seconds) for place in range(len(asks))]
+
+    def _signed(self, outcome: Outcome, seconds: float) -> Outcome:
+        return replace(outcome, engine=self.name, seconds=seconds) if isinstance(outcome, Reply) else outcome
+
+
+def _group(ask: Question) -> Hashable:
+    """Same question form, weights, adapter, decoding or choices, and as many pictures."""
+    pictures = sum(isinstance(part, Picture) for message in ask.messages for part in message.parts)
+    how = ask.decoding if isinstance(ask, Generate) else ask.choices
+    return kind(ask), ask.model, how, pictures
+
+
+class _Loaded:
+    """One model in memory: its network, its chat front and the adapters put on so far."""
+
+    def __init__(self, network: Any, chat: Chat) -> None:
+        from transformers import GenerationConfig
+
+        self.network, self.chat = network, chat
+        self.folder = tempfile.TemporaryDirectory(prefix="adapters-")
+        self._peft: Any = None
+        stops = network.generation_config.eos_token_id if network.generation_config else None
+        self.stops = sorted({*_listed(stops), *_listed(chat.tokenizer.eos_token_id)})
+        self.positions: int | None = getattr(network.config.get_text_config(), "max_position_embeddings", None)
+        # A checkpoint's own sampling defaults (temperature, repetition penalty) are no part of an Ask.
+        network.generation_config = GenerationConfig(
+            eos_token_id=self.stops, pad_token_id=chat.tokenizer.pad_token_id, bos_token_id=chat.tokenizer.bos_token_id
+        )
+
+    def room(self, ask: Question) -> int | None:
+        """How many tokens a prompt may have, so that the whole answer still fits the positions."""
+        written = ask.decoding.max_tokens if isinstance(ask, Generate) else 0
+        return None if self.positions is None else self.positions - written
+
+    @contextlib.contextmanager
+    def wearing(self, adapter: str | None, blobs: Blobs) -> Iterator[None]:
+        """The network with `adapter` on, or as it was made; weights are never merged."""
+        if adapter is None:
+            with self._peft.disable_adapter() if self._peft else contextlib.nullcontext():
+                yield
+            return
+        worn = self._put_on(adapter, blobs)
+        worn.set_adapter(adapter)
+        yield
+
+    def _put_on(self, adapter: str, blobs: Blobs) -> Any:
+        """The network with LoRA layers that hold `adapter` among others."""
+        from peft import PeftModel
+
+        if self._peft is not None and adapter in self._peft.peft_config:
+            return self._peft
+
+        folder = Path(self.folder.name, adapter)
+        unpack(blobs.get(adapter), folder)
+        try:
+            if self._peft is None:
+                self._peft = PeftModel.from_pretrained(self.network, str(folder), adapter_name=adapter)
+            else:
+                self._peft.load_adapter(str(folder), adapter_name=adapter)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise EngineError(
+                f"adapter {adapter[:12]} does not fit {self.chat.name}: {error}. Use the base model it was trained on."
+            ) from error
+        return self._peft.eval()
+
+    def answer(self, asks: Sequence[Question], prompts: Sequence[Prompt], encoded: Encoded) -> list[Outcome]:
+        tensors = {name: self._moved(value) for name, value in encoded.tensors.items()}
+        read = [int(count) for count in encoded.tensors["attention_mask"].sum(dim=1)]
+        if isinstance(asks[0], Generate):
+            return self._generate([ask for ask in asks if isinstance(ask, Generate)], tensors, read)
+        choices = [ask.choices for ask in asks if isinstance(ask, Choose)]
+        return self._choose(choices, prompts, tensors, read)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self.network.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.network.device, dtype)
+
+    def _generate(self, asks: list[Generate], tensors: dict[str, torch.Tensor], read: list[int]) -> list[Outcome]:
+        from transformers import LogitsProcessorList
+
+        how = asks[0].decoding
+        draw = [_draw(asks)] if how.temperature > 0 else []
+        written = self.network.generate(
+            **tensors, max_new_tokens=how.max_tokens, do_sample=False, logits_processor=LogitsProcessorList(draw)
+        )
+        rows = written[:, tensors["input_ids"].shape[1] :].tolist()
+        return [self._text(row, tokens) for row, tokens in zip(rows, read, strict=True)]
+
+    def _text(self, row: list[int], tokens_in: int) -> Outcome:
+        end = next((place + 1 for place, token in enumerate(row) if token in self.stops), len(row))
+        text = self.chat.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+        if not text:
+            return EmptyReply(f"{self.chat.name} wrote nothing ({end} tokens, none of them text)")
+        return Reply(text, tokens_in=tokens_in, tokens_out=end)
+
+    def _choose(
+        self, choices: Sequence[Any], prompts: Sequence[Prompt], tensors: dict[str, torch.Tensor], read: list[int]
+    ) -> list[Outcome]:
+        # One step of `generate` reads the last position with every model's own positions, and only that position.
+        step = self.network.generate(
+            **tensors, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        logs = torch.log_softmax(step.logits[0].float(), dim=-1).cpu()
+        outcomes: list[Outcome] = []
+        for row, asked, prompt, tokens in zip(logs, choices, prompts, read, strict=True):
+            ids = self.chat.first_tokens(prompt.text, asked)
+            sums = {name: torch.logsumexp(row[tokens_of], dim=0).item() for name, tokens_of in ids.items()}
+            mass = torch.logsumexp(torch.tensor(list(sums.values())), dim=0).exp().item()
+            outcomes.append(Reply({"logprobs": sums, "mass": mass}, tokens_in=tokens, tokens_out=1))
+        return outcomes
+
+
+def _listed(ids: Any) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _draw(asks: Sequence[Generate]) -> Any:
+    """A logits processor that turns a greedy step into a draw, row by row (the Gumbel-max trick).
+
+    Adding Gumbel noise to log-weights and taking the largest draws from their softmax. Noise comes from the CPU, so
+    that it is the same on every device.
+    """
+    from transformers import LogitsProcessor, TopPLogitsWarper
+
+    how = asks[0].decoding
+    seeds = [int.from_bytes(key_of(ask)[:7], "big") for ask in asks]
+    sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    narrow = TopPLogitsWarper(how.top_p) if how.top_p < 1 else None
+
+    class Draw(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            warm: Any = scores.float() / how.temperature
+            warm = narrow(input_ids, warm) if narrow else warm
+            noise = [torch.empty(warm.shape[1]).exponential_(generator=source).log().neg() for source in sources]
+            return warm + torch.stack(noise).to(warm.device)
+
+    return Draw()

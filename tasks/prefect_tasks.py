@@ -1,0 +1,69 @@
+"""The Prefect side of a stage: one task run per stage, reused stages shown as Cached, progress as an artifact.
+
+Prefect shows and schedules; what is reused is decided by the store's records, so nothing changes when its database is
+wiped. Tasks receive names and pointers, never frames.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.states import Completed, State
+
+from tasks.run_stage import Counts, How
+from tasks.stage_task import draw_sample, perform
+from tasks.work import open_work
+
+SECONDS_BETWEEN_UPDATES = 5.0  # each update is a request to the Prefect server
+
+watch: Callable[[str, Counts], None] | None = None
+"""Set by a terminal that draws bars in the same process."""
+
+
+class Progress:
+    """Passes counts to the terminal at once, and to a Prefect artifact now and then."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.updated, self.artifact = stage, 0.0, None
+
+    def __call__(self, stage: str, counts: Counts) -> None:
+        if watch:
+            watch(stage, counts)
+        if time.monotonic() - self.updated < SECONDS_BETWEEN_UPDATES:
+            return
+        self.updated = time.monotonic()
+        share = 100.0 * counts.done / max(1, counts.rows)
+        with suppress(Exception):  # a server that is away must not end the stage
+            if self.artifact is None:
+                self.artifact = create_progress_artifact(share, key=f"{stage}-progress", description=f"{stage}: rows done")
+            else:
+                update_progress_artifact(self.artifact, share)  # type: ignore[arg-type]
+
+
+@task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+def stage_task(
+    name: str, config_json: str, stages: Mapping[str, Any], sample: int = 0, retry: tuple[str, ...] = ()
+) -> State[dict[str, Any]]:
+    """Run or reuse one stage on the tables that `stages` points at; its record is the result."""
+    work = open_work(config_json)
+    if sample and name != "ingest":
+        work = draw_sample(work, stages, sample)
+    settings = work.config.settings
+    how = How(settings.window, frozenset(retry), progress=Progress(name))
+    record, reused = perform(work, name, stages, how)
+    rows = ", ".join(f"{table} {pointer['rows']:,} rows" for table, pointer in record["tables"].items())
+    if reused:
+        return Completed(name="Cached", message=f"{rows}, made {record['at']}", data=record)
+    counts = record["counts"]
+    get_run_logger().info(
+        "%s: %s; asked %d, known %d, failed %d, %.1f s",
+        *(name, rows, counts["asked"], counts["known"], counts["failed"], record["seconds"]),
+    )
+    return Completed(message=rows, data=record)

@@ -1,0 +1,193 @@
+"""generic reads files of any of the formats under any column names."""
+
+import gzip
+import json
+from datetime import UTC, date, datetime
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mllmsrec_core.datasets import generic
+from mllmsrec_core.errors import SourceError
+from storage.source import FsspecSource
+
+ITEMS = [
+    {"sku": "a", "name": "Mug", "brand": "Bo", "picture": "img/a.jpg"},
+    {"sku": "b", "name": None, "brand": None, "picture": "https://example.org/b.jpg"},
+]
+CLICKS = [{"who": "u", "sku": "a", "time": 1_700_000_000_000, "stars": 4.5}]
+COLUMNS = {
+    "item_columns": {"item_id": "sku", "title": "name", "attributes": ["brand"], "image": "picture"},
+    "interaction_columns": {"user_id": "who", "item_id": "sku", "at": "time", "rating": "stars"},
+}
+
+
+def write(folder, name, rows):
+    frame = pl.DataFrame(rows)
+    text = "\n".join(json.dumps(row) for row in rows)
+    match name.split(".", 1)[1]:
+        case "parquet":
+            frame.write_parquet(folder / name)
+        case "csv":
+            frame.write_csv(folder / name)
+        case "tsv":
+            frame.write_csv(folder / name, separator="\t")
+        case "jsonl":
+            (folder / name).write_text(text)
+        case "jsonl.gz":
+            (folder / name).write_bytes(gzip.compress(text.encode()))
+
+
+def read(folder, items, clicks, **params):
+    source = FsspecSource(str(folder))
+    return generic.read(source, generic.Params(items_file=items, interactions_file=clicks, **params))
+
+
+@pytest.mark.parametrize("end", ["parquet", "csv", "tsv", "jsonl", "jsonl.gz"])
+def test_every_format_gives_the_same_catalogue(tmp_path, end):
+    write(tmp_path, f"items.{end}", ITEMS)
+    write(tmp_path, f"clicks.{end}", CLICKS)
+    catalogue = read(tmp_path, f"items.{end}", f"clicks.{end}", at_unit="ms", liked_from=4.0, **COLUMNS)
+    assert catalogue.items.select("item_id", "title", "image_uri").rows() == [
+        ("a", "Mug", f"{tmp_path}/img/a.jpg"),
+        ("b", None, "https://example.org/b.jpg"),
+    ]
+    assert json.loads(catalogue.items["attributes"][0]) == {"brand": "Bo"}
+    assert catalogue.interactions.drop("source", "line").rows() == [
+        ("u", "a", datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC), 4.5, True)
+    ]
+    assert catalogue.rejects.is_empty()
+
+
+def times(folder, values, unit, dtype=None):
+    pl.DataFrame({"user_id": ["u"] * len(values), "item_id": ["a"] * len(values), "at": pl.Series(values, dtype=dtype)}).write_parquet(
+        folder / "clicks.parquet"
+    )
+    good, bad = generic.interactions_in(
+        FsspecSource(str(folder)), "clicks.parquet", generic.InteractionColumns(), unit, None
+    )
+    return good["at"].to_list(), bad["reason"].to_list()
+
+
+MOMENT = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("unit", "values"),
+    [
+        ("s", [int(MOMENT.timestamp())]),
+        ("s", [MOMENT.timestamp()]),
+        ("s", [f" {MOMENT.timestamp():.1f} "]),
+        ("ms", [int(MOMENT.timestamp()) * 1_000]),
+        ("us", [int(MOMENT.timestamp()) * 1_000_000]),
+        (
+            "iso",
+            [
+                "2024-02-29T12:30:00Z",
+                "2024-02-29 12:30:00",
+                "2024-02-29T12:30:00.000",
+                "2024-02-29T14:30:00+02:00",
+                "2024-02-29 07:30:00.0-0500",
+            ],
+        ),
+        ("s", [MOMENT]),
+        ("s", [MOMENT.replace(tzinfo=None)]),
+    ],
+)
+def test_a_time_is_read_in_its_unit(tmp_path, unit, values):
+    assert times(tmp_path, values, unit) == ([MOMENT] * len(values), [])
+
+
+def test_a_date_alone_is_its_midnight(tmp_path):
+    midnight = datetime(2024, 2, 29, tzinfo=UTC)
+    assert times(tmp_path, ["2024-02-29"], "iso")[0] == times(tmp_path, [date(2024, 2, 29)], "s")[0] == [midnight]
+
+
+@pytest.mark.parametrize(
+    ("unit", "value"),
+    [
+        ("s", 1_700_000_000_000),  # milliseconds
+        ("ms", 1_700_000_000),  # seconds
+        ("us", 1_700_000_000_000),
+        ("s", -1),
+        ("s", 2**62),  # would wrap around if it were multiplied first
+        ("s", "1e300"),
+        ("s", "inf"),
+        ("s", "2024-02-29"),
+        ("iso", "1700000000"),
+        ("iso", "2024-02-30"),
+        ("iso", "1889-01-01"),
+        ("s", datetime(1980, 1, 1)),
+    ],
+)
+def test_a_time_outside_1990_to_2100_is_a_reject(tmp_path, unit, value):
+    good, bad = times(tmp_path, [value], unit)
+    assert good == []
+    assert "is not a time between 1990 and 2100" in bad[0]
+
+
+@given(st.sampled_from(["s", "ms", "us", "iso"]), st.lists(st.text(max_size=30), min_size=1, max_size=8))
+def test_any_text_is_a_time_or_a_reject(unit, values):
+    frame = pl.DataFrame({"at": values}, schema={"at": pl.String})
+    at = frame.select(generic.moment("at", pl.String(), unit))["at"]
+    assert all(moment is None or 1990 <= moment.year <= 2100 for moment in at)
+
+
+def test_without_a_time_column_rows_have_no_time(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\n")
+    (tmp_path / "clicks.csv").write_text("user_id,item_id\nu,a\n")
+    catalogue = read(tmp_path, "items.csv", "clicks.csv", interaction_columns={"at": None})
+    assert catalogue.interactions["at"].to_list() == [None]
+
+
+def test_without_ratings_everything_is_liked_and_with_a_threshold_an_empty_rating_is_a_reject(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\na,A\n")
+    (tmp_path / "clicks.csv").write_text("user_id,item_id,at,stars\nu,a,1700000000,\nv,a,1700000000,2\n")
+    assert read(tmp_path, "items.csv", "clicks.csv").interactions["liked"].to_list() == [True, True]
+    rated = {"interaction_columns": {"rating": "stars"}}
+    lenient = read(tmp_path, "items.csv", "clicks.csv", **rated)
+    assert lenient.interactions.select("rating", "liked").rows() == [(None, True), (2.0, True)]
+    strict = read(tmp_path, "items.csv", "clicks.csv", liked_from=3.0, **rated)
+    assert strict.interactions.select("rating", "liked").rows() == [(2.0, False)]
+    assert strict.rejects.rows() == [("clicks.csv", 2, "stars is empty")]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (["", None, "None", " x.jpg ", "y.jpg"], "/x.jpg"),
+        ([], None),
+        (["http://a/b.jpg"], "http://a/b.jpg"),
+        (["/abs/a.jpg"], "/abs/a.jpg"),
+        (["../up.jpg"], "/../up.jpg"),
+    ],
+)
+@pytest.mark.parametrize("end", ["parquet", "jsonl"])
+def test_of_a_list_of_pictures_the_first_that_is_not_empty_is_taken(tmp_path, value, expected, end):
+    if end == "parquet":
+        pl.DataFrame({"item_id": ["a"], "image": [value]}, schema={"item_id": pl.String, "image": pl.List(pl.String)}).write_parquet(
+            tmp_path / "items.parquet"
+        )
+    else:
+        (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "a", "image": value}))
+    columns = generic.ItemColumns(title=None, image="image")
+    items, _ = generic.items_in(FsspecSource(str(tmp_path)), f"items.{end}", columns)
+    relative = expected and (expected.startswith("/x") or expected.startswith("/.."))
+    assert items["image_uri"].to_list() == [f"{tmp_path}{expected}" if relative else expected]
+
+
+def test_column_names_may_hold_anything(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,{title}\na,A\n")
+    (tmp_path / "clicks.csv").write_text("user_id,item_id,{at}\nu,a,x\n")
+    catalogue = read(
+        tmp_path, "items.csv", "clicks.csv", item_columns={"title": "{title}"}, interaction_columns={"at": "{at}"}
+    )
+    assert catalogue.rejects["reason"].to_list() == ["{at} `x` is not a time between 1990 and 2100 in at_unit `s`"]
+
+
+def test_a_missing_column_says_what_it_was_wanted_for(tmp_path):
+    (tmp_path / "items.csv").write_text("sku,title\na,A\n")
+    with pytest.raises(SourceError, match=r"no column `item_id` \(wanted as item_id\)"):
+        read(tmp_path, "items.csv", "clicks.csv")

@@ -1,0 +1,271 @@
+"""Sources read what they can, say what they cannot, and list instead of asking one by one."""
+
+import bz2
+import gzip
+import json
+import os
+import uuid
+
+import fsspec
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllmsrec_core.errors import SourceError
+from storage.source import ABSENT, UNKNOWN, FsspecSource, _delimited, _quoted, _unquoted, inside
+
+
+def source_of(folder, **files):
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return FsspecSource(str(folder))
+
+
+def lines_of(table):
+    rows, broken = table
+    return rows["line"].to_list(), broken["line"].to_list()
+
+
+def test_a_csv_comes_as_text_with_the_line_each_row_stands_on(tmp_path):
+    rows, broken = source_of(tmp_path, a__csv="id,n\n007,1.50\nx,\n").table("a.csv")
+    assert rows.rows() == [("007", "1.50", 2), ("x", None, 3)]
+    assert rows.schema == {"id": pl.String, "n": pl.String, "line": pl.UInt32}
+    assert broken.is_empty()
+
+
+def test_columns_are_renamed_to_ours(tmp_path):
+    rows, _ = source_of(tmp_path, a__csv="movieId,title\n1,Up\n").table("a.csv", {"item_id": "movieId"})
+    assert rows.columns == ["item_id", "line"]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.tsv", "\t"), ("a.psv", "|"), ("a.ssv", ";"), ("A.CSV", ",")])
+def test_the_extension_says_the_delimiter(tmp_path, name, delimiter):
+    (tmp_path / name).write_text(f"a{delimiter}b\n1{delimiter}2\n")
+    assert FsspecSource(str(tmp_path)).table(name)[0].rows() == [("1", "2", 2)]
+
+
+def test_windows_line_ends_a_byte_order_mark_and_broken_utf_8_are_read(tmp_path):
+    content = b"\xef\xbb\xbfid,title\r\n1,caf\xe9\r\n\r\n2,ok\r\n"
+    rows, _ = source_of(tmp_path, a__csv=content).table("a.csv")
+    assert rows.rows() == [("1", "caf�", 2), ("2", "ok", 4)]
+
+
+@pytest.mark.parametrize("quoted", ["x", '"x"'])
+def test_rows_with_too_few_or_too_many_fields_are_rejects_and_cost_no_others(tmp_path, quoted):
+    rows, broken = source_of(tmp_path, a__csv=f"a,b\n1,{quoted}\n2\n3,4,5\n6,7\n").table("a.csv")
+    assert rows["a"].to_list() == ["1", "6"]
+    assert broken.rows() == [
+        ("a.csv", 3, "1 field where the header has 2"),
+        ("a.csv", 4, "3 fields where the header has 2"),
+    ]
+
+
+def test_a_quoted_field_may_hold_line_breaks_and_the_lines_after_it_keep_their_numbers(tmp_path):
+    content = 'a,b\n1,"two\nlines, one field"\n2,x\n'
+    rows, _ = source_of(tmp_path, a__csv=content).table("a.csv")
+    assert rows.rows() == [("1", "two\nlines, one field", 2), ("2", "x", 4)]
+
+
+def test_a_stray_quote_breaks_its_own_line_only(tmp_path):
+    content = 'a,b\n1,"never closed\n' + "".join(f"{n},x\n" for n in range(2, 50_000)) + '9,"q" t\n10,y\n'
+    kept, broken = lines_of(source_of(tmp_path, a__csv=content).table("a.csv"))
+    assert broken == [2, 50_001]
+    assert len(kept) == 49_999
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.text("ab1 .\t|é", max_size=4), min_size=1, max_size=4), max_size=12))
+def test_both_ways_of_reading_a_csv_agree_where_there_is_no_quote(rows):
+    text = "\n".join(["x,y", *(",".join(row) for row in rows)])
+    (fast, fast_broken), (slow, slow_broken) = (read(text, ["x", "y"], ",") for read in (_unquoted, _quoted))
+    assert fast.rows() == slow.rows()
+    assert fast_broken == slow_broken
+    filled = sum(1 for row in rows if ",".join(row))
+    assert fast.height + len(fast_broken) == filled
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text('ab,"\n', max_size=8), max_size=12))
+def test_no_line_of_any_csv_is_lost(lines):
+    text = "\n".join(["x,y", *lines])
+    rows, broken = _delimited(text.encode(), ",", "a.csv")
+    kept = rows.select(n=1 + pl.sum_horizontal(pl.col("x", "y").str.count_matches("\n").fill_null(0)))["n"].sum()
+    assert kept + len(broken) == sum(1 for line in text.split("\n")[1:] if line) + blank_lines_inside(rows)
+
+
+def blank_lines_inside(rows):
+    """Blank lines that stand inside a kept record; those between records count as nothing."""
+    return sum(
+        sum(1 for line in f'{x or ""},"{y or ""}'.split("\n")[1:-1] if not line) for x, y in rows.select("x", "y").rows()
+    ) if rows.height else 0
+
+
+def test_json_lines_come_as_text_with_nested_values_as_json(tmp_path):
+    content = '{"id": 12345678901234567890, "r": 4.0, "ok": true, "t": ["a", {"b": 1}]}\n\n{"id": "x", "r": null}\n'
+    rows, _ = source_of(tmp_path, a__jsonl=content).table("a.jsonl")
+    assert rows.rows() == [
+        ("12345678901234567890", "4.0", "true", '["a", {"b": 1}]', 1),
+        ("x", None, None, None, 3),
+    ]
+
+
+def test_broken_json_lines_are_rejects_and_cost_no_others(tmp_path):
+    content = '{"id": 1}\n{"id": \n[1]\n' + "[" * 100_000 + '\n{"id": 5}\n'
+    rows, broken = source_of(tmp_path, a__jsonl=content).table("a.jsonl", {"item_id": "id"})
+    assert rows.rows() == [("1", 1), ("5", 5)]
+    assert broken["line"].to_list() == [2, 3, 4]
+    assert "a JSON object was expected, not list" in broken["reason"][1]
+
+
+@pytest.mark.parametrize(("end", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+def test_compressed_text_is_read(tmp_path, end, pack):
+    (tmp_path / f"a.jsonl{end}").write_bytes(pack(b'{"id": 1}\n'))
+    (tmp_path / f"a.csv{end}").write_bytes(pack(b"id\n1\n"))
+    source = FsspecSource(str(tmp_path))
+    assert source.table(f"a.jsonl{end}")[0]["id"].to_list() == source.table(f"a.csv{end}")[0]["id"].to_list() == ["1"]
+
+
+def test_a_truncated_gzip_file_is_an_error_that_says_so(tmp_path):
+    source = source_of(tmp_path, a__csv__gz=gzip.compress(os.urandom(10_000))[:500])
+    with pytest.raises(SourceError, match=r"cannot read .*a\.csv\.gz"):
+        source.table("a.csv.gz")
+
+
+def test_parquet_keeps_its_types_and_numbers_its_rows(tmp_path):
+    pl.DataFrame({"id": [1, 2], "tags": [["a"], []]}).write_parquet(tmp_path / "a.parquet")
+    rows, _ = FsspecSource(str(tmp_path)).table("a.parquet", {"item_id": "id", "t": "tags"})
+    assert rows.rows() == [(1, ["a"], 1), (2, [], 2)]
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_folder_of_parquet_is_one_table_with_its_partitions_as_columns(tmp_path, where):
+    root = str(tmp_path) if where == "local" else f"memory://{uuid.uuid4().hex}"
+    for day in ("2024-01-01", "2024-01-02"):
+        with fsspec.open(f"{root}/clicks/day={day}/part-0.parquet", "wb", auto_mkdir=True) as file:
+            pl.DataFrame({"user": [day[-1]]}).write_parquet(file)
+    rows, _ = FsspecSource(root).table("clicks")
+    assert rows.select("user", pl.col("day").cast(pl.String), "line").rows() == [
+        ("1", "2024-01-01", 1),
+        ("2", "2024-01-02", 2),
+    ]
+
+
+def test_text_named_parquet_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(SourceError, match="as Parquet"):
+        source_of(tmp_path, a__parquet="id\n1\n").table("a.parquet")
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    with pytest.raises(SourceError, match=r"no .*rating\.csv; did you mean `ratings\.csv`"):
+        source_of(tmp_path, ratings__csv="a\n1\n").table("rating.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl"])
+def test_a_missing_root_is_an_error_that_says_what_to_check(tmp_path, name):
+    with pytest.raises(SourceError, match="check the path"):
+        FsspecSource(str(tmp_path / "nowhere")).table(name)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "userId,movieId\n1,2\n"), ("a.jsonl", '{"userId":1,"b":2}')])
+def test_a_missing_column_names_the_nearest(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SourceError, match=r"no column `user_id` \(wanted as user\); did you mean `userId`"):
+        FsspecSource(str(tmp_path)).table(name, {"user": "user_id"})
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_an_error(tmp_path, content):
+    with pytest.raises(SourceError, match=r"a\.csv is empty"):
+        source_of(tmp_path, a__csv=content).table("a.csv")
+
+
+def test_a_header_without_rows_is_an_empty_table(tmp_path):
+    rows, _ = source_of(tmp_path, a__csv="a,b\n").table("a.csv", {"x": "a"})
+    assert rows.shape == (0, 2)
+
+
+def test_a_column_that_stands_twice_is_an_error(tmp_path):
+    with pytest.raises(SourceError, match="column `a` twice"):
+        source_of(tmp_path, a__csv="a,b,a\n1,2,3\n").table("a.csv")
+
+
+def test_an_unknown_format_names_the_known_ones(tmp_path):
+    with pytest.raises(SourceError, match=r"\.parquet, \.csv"):
+        source_of(tmp_path, a__xlsx="x").table("a.xlsx")
+
+
+# --- listing -----------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_relative_and_sorted(tmp_path):
+    (tmp_path / "posters").mkdir()
+    source = source_of(tmp_path, b__csv="x", a__csv="x")
+    (tmp_path / "posters" / "1.jpg").write_bytes(b"x")
+    assert source.names() == ["a.csv", "b.csv", "posters/1.jpg"]
+    assert source.names("posters") == ["posters/1.jpg"]
+    assert source.names("nothing") == []
+
+
+def test_versions_change_with_the_file_and_say_what_is_absent_or_unknown(tmp_path):
+    source = source_of(tmp_path, a__jpg="x")
+    uris = [source.uri("a.jpg"), source.uri("b.jpg"), "demo://mug/red/plain/1.png", "https://example.org/a.jpg"]
+    before = source.versions(uris)
+    assert before[0] == source.version("a.jpg")
+    assert before[1:] == [ABSENT, "1", UNKNOWN]
+    (tmp_path / "a.jpg").write_bytes(b"longer")
+    assert source.versions(uris)[0] != before[0]
+    assert source.version("b.jpg") is None
+
+
+def test_versions_list_nothing_outside_the_roots(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    source = FsspecSource(str(tmp_path / "data"))
+    outside = [str(tmp_path / "secret.jpg"), f"{source.uri('')}/../secret.jpg", "memory://x/a.jpg", "nul\0/a.jpg"]
+    assert source.versions(outside) == [UNKNOWN] * 4
+    assert FsspecSource(str(tmp_path / "data"), [str(tmp_path)]).versions(outside[:1]) != [UNKNOWN]
+
+
+def test_a_folder_is_listed_once_however_many_pictures_it_holds(tmp_path):
+    source = source_of(tmp_path, **{f"{n}__jpg": "x" for n in range(300)})
+    listed = []
+    ls = source.files.fs.ls
+    try:
+        source.files.fs.ls = lambda *a, **k: listed.append(a) or ls(*a, **k)
+        assert ABSENT not in source.versions([source.uri(f"{n}.jpg") for n in range(300)])
+    finally:
+        del source.files.fs.ls
+    assert len(listed) == 1
+
+
+def test_memory_is_a_source_like_any_other():
+    root = f"memory://{uuid.uuid4().hex}"
+    source = FsspecSource(root)
+    source.files.fs.pipe_file(f"{source.files.root}/a.csv", b"id\n1\n")
+    assert source.table("a.csv")[0]["id"].to_list() == ["1"]
+    assert source.names() == ["a.csv"]
+    uri = source.uri("a.csv")
+    assert fsspec.open(uri).open().read() == b"id\n1\n"
+    assert source.versions([uri, source.uri("b")]) == [source.version("a.csv"), ABSENT]
+
+
+def test_inside_follows_links_and_dots(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path)
+    assert inside(str(root / "a.jpg"), str(root))
+    assert inside(f"file://{root}/a.jpg", str(root))
+    assert not inside(str(root / "link" / "a.jpg"), str(root))
+    assert not inside(f"{root}/../a.jpg", str(root))
+    assert not inside(f"{root}-other/a.jpg", str(root))
+    assert inside("s3://bucket/shop/a.jpg", "s3://bucket/shop/")
+    assert not inside("s3://bucket/shop/../a.jpg", "s3://bucket/shop")
+    assert not inside("s3://bucket/shopping/a.jpg", "s3://bucket/shop")
+    assert not inside(f"simplecache::file://{root}/a.jpg", str(root))
+
+
+def test_json_numbers_keep_their_digits(tmp_path):
+    rows, _ = source_of(tmp_path, a__jsonl=json.dumps({"at": 1676601581238})).table("a.jsonl")
+    assert rows["at"].to_list() == ["1676601581238"]
