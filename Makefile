@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: help demo test check bench clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || cat Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed ## the whole pipeline on the built-in shop, on a CPU, without network
 	$(BIN)/mllmsrec demo

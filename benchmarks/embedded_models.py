@@ -4,8 +4,8 @@
     python -m benchmarks.embedded_models score --seeds 0 1 2
 
 Each section prints a table of measured figures beside chance (or the obvious baseline) and the ceiling. Preferences are
-chained on the model's own answers: captions, then summaries of them, then each preference on the one before. Fine-tuning
-settings were chosen on another shop (`--shop 8`) and the figures of the model card come from `--shop 7`.
+chained on the model's own answers: captions, then summaries of them, then each preference on the one before.
+Fine-tuning settings were chosen on another shop (`--shop 8`) and the figures of the model card come from `--shop 7`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SCORE = score.Params(picture=False)
 NEGATIVES = 10  # uniform random items beside each target
 
 
-# --- the models -----------------------------------------------------------------------------------------------------------
+# --- the models -------------------------------------------------------------------------------------------------------
 
 
 class Reader:
@@ -86,7 +86,7 @@ def shown(uri: str) -> Image.Image:
     return Image.open(BytesIO(demo.picture(uri)))
 
 
-# --- the shop as the model sees it ------------------------------------------------------------------------------------------
+# --- the shop as the model sees it ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,7 +144,7 @@ def table(title: str, rows: Sequence[tuple[Any, ...]], head: tuple[str, ...]) ->
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-# --- captions and summaries -------------------------------------------------------------------------------------------------
+# --- captions and summaries -------------------------------------------------------------------------------------------
 
 
 def share(values: Iterator[bool] | Sequence[bool]) -> float:
@@ -175,11 +175,11 @@ def captions_table(reader: Reader, seen: Seen) -> None:
     table("Captions and summaries", rows, head)
 
 
-# --- preferences ------------------------------------------------------------------------------------------------------------
+# --- preferences ------------------------------------------------------------------------------------------------------
 
 
 def preference_table(seen: Seen) -> None:
-    """Each step against the rule on true looks (errors of captions count), and against leaving the last step unchanged."""
+    """Each step against the rule on true looks (errors of captions count), and against leaving it unchanged."""
     hits, kept, exact = Counter(), Counter(), Counter()
     count = 0
     for user, chosen, _ in seen.users:
@@ -197,7 +197,7 @@ def preference_table(seen: Seen) -> None:
     table("Preferences, chained on the model's own words", rows, head)
 
 
-# --- scoring ----------------------------------------------------------------------------------------------------------------
+# --- scoring ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ Pair = tuple[str, str, int]  # preference, item id, whether it was chosen
 
 
 def training_pairs(seen: Seen, count: int, seed: int) -> list[Pair]:
-    """From each block but the first: its items were chosen, as many random ones were not; never the last two choices."""
+    """From each block but the first: its items were chosen, as many random ones not; never the last two choices."""
     rng, found = random.Random(f"pairs {seed}"), []
     for user, chosen, _ in seen.users:
         for told, block in zip(seen.steps[user], blocks(chosen)[1:], strict=False):
@@ -237,7 +237,13 @@ def test_pairs(seen: Seen, place: int) -> list[Pair]:
 
 def prompt(seen: Seen, pair: Pair) -> tuple[Message, ...]:
     told, item_id, _ = pair
-    row = {"profile": None, "preference": told, "last_titles": None, "item_text": seen.summaries[item_id], "sha256": None}
+    row = {
+        "profile": None,
+        "preference": told,
+        "last_titles": None,
+        "item_text": seen.summaries[item_id],
+        "sha256": None,
+    }
     return score.prompt(SCORE, row)
 
 
@@ -350,11 +356,11 @@ def score_table(folder: Path, seen: Seen, shop: demo.Params, recipe: Recipe, see
     table("What there is to know", ceilings(shop), ("from", "AUC"))
 
 
-# --- ceilings ---------------------------------------------------------------------------------------------------------------
+# --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
 def facts(params: demo.Params) -> list[tuple[int, float, tuple[bool | None, ...], tuple[int, ...]]]:
-    """For each user's target and NEGATIVES random products: chosen, the true pull, which words match, what titles say."""
+    """For each target and NEGATIVES random products: chosen, the true pull, which words match, what titles say."""
     rng, found = random.Random(f"facts {params.seed}"), []
     products = demo.assortment(params.items, params.seed)
     for _, chosen, tastes in demo.shoppers(params):
@@ -368,7 +374,7 @@ def facts(params: demo.Params) -> list[tuple[int, float, tuple[bool | None, ...]
 
 
 def titles(chosen: Sequence[demo.Item], product: demo.Item) -> tuple[int, ...]:
-    """What a reader of titles alone can use: repeats of the named category, of the style word, of the product itself."""
+    """What a reader of titles alone can use: repeats of the named category, the style word, the product itself."""
     named = demo.attributes(product.title)["category"]
     before = [demo.attributes(item.title)["category"] for item in chosen]
     same = before.count(named) if named else 0
@@ -393,7 +399,7 @@ def ceilings(params: demo.Params) -> list[tuple[str, float]]:
     return [(name, float(roc_auc_score(chosen, values))) for name, values in guesses.items()]
 
 
-# --- CLIP -------------------------------------------------------------------------------------------------------------------
+# --- CLIP -------------------------------------------------------------------------------------------------------------
 
 
 def clip_table(folder: Path, products: Sequence[demo.Item]) -> None:

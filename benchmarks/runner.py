@@ -24,7 +24,9 @@ ROUNDS = 3
 
 
 def images(n: int) -> pl.DataFrame:
-    return pl.DataFrame({"item_id": [str(i) for i in range(n)], "sha256": [f"{i:064x}" for i in range(n)], "status": "ok"})
+    return pl.DataFrame(
+        {"item_id": [str(i) for i in range(n)], "sha256": [f"{i:064x}" for i in range(n)], "status": "ok"}
+    )
 
 
 def bare(inputs: Inputs, rows: pl.DataFrame, engine: ScriptedEngine) -> float:

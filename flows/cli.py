@@ -23,10 +23,13 @@ from mllmsrec_core.errors import MllmsrecError, TooManyErrors, UsageError, neare
 from tasks.config import Config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(soft_wrap=True)
+WIDTH = None if sys.stdout.isatty() else 160  # a log file has no width of its own
+out = Console(soft_wrap=True, width=WIDTH)
 err = Console(stderr=True, soft_wrap=True)
 
-Profiles = Annotated[list[str], typer.Option("--profile", "-p", help="a shipped profile or a TOML file; later ones win")]
+Profiles = Annotated[
+    list[str], typer.Option("--profile", "-p", help="a shipped profile or a TOML file; later ones win")
+]
 Sets = Annotated[list[str], typer.Option("--set", help="stage.key=value; file:PATH reads the value from a file")]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="any fsspec URL; default ./store")]
 Env = Annotated[str | None, typer.Option("--env", help="the environment to read or publish to; default dev")]
@@ -85,7 +88,11 @@ def emit(event: str, **fields: Any) -> None:
 
 @app.command()
 def demo(
-    store: StoreUrl = None, env: Env = None, engine: Engine = None, sets: Sets = [], as_json: Json = False  # noqa: B006
+    store: StoreUrl = None,
+    env: Env = None,
+    engine: Engine = None,
+    sets: Sets = [],
+    as_json: Json = False,
 ) -> None:
     """The whole pipeline on the built-in shop: CPU, no network; opens with a plan, ends with the report's path."""
     os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".prefect"))
@@ -96,25 +103,25 @@ def demo(
 
 @app.command()
 def plan(
-    profiles: Profiles = [],  # noqa: B006
-    sets: Sets = [],  # noqa: B006
+    profiles: Profiles = [],
+    sets: Sets = [],
     store: StoreUrl = None,
     env: Env = None,
     engine: Engine = None,
     sample: int = 0,
     as_json: Json = False,
 ) -> None:
-    """What a run would ask, how long it would take at the rate last measured, and why each stage is due; loads no model."""
+    """What a run would ask, how long at the rate last measured, and why each stage is due; loads no model."""
     with failures_as_exit_codes(as_json):
         _show_plan(configure(profiles, sets, store, env, engine), sample, as_json)
 
 
 @app.command()
 def run(
-    profiles: Profiles = [],  # noqa: B006
+    profiles: Profiles = [],
     stage: Annotated[str | None, typer.Option(help="only this stage, on the environment's tables")] = None,
     sample: Annotated[int, typer.Option(min=0, help="only this many users, and the items they touch")] = 0,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     store: StoreUrl = None,
     env: Env = None,
     engine: Engine = None,
@@ -128,10 +135,10 @@ def run(
 
 @app.command()
 def retry(
-    profiles: Profiles = [],  # noqa: B006
+    profiles: Profiles = [],
     stage: Annotated[str | None, typer.Option(help="only this stage")] = None,
     error_class: Annotated[str, typer.Option("--class", help="only this error class")] = "all",
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     store: StoreUrl = None,
     env: Env = None,
     engine: Engine = None,
@@ -145,9 +152,9 @@ def retry(
 @app.command(name="try")
 def try_(
     stage: str,
-    profiles: Profiles = [],  # noqa: B006
+    profiles: Profiles = [],
     rows: Annotated[int, typer.Option(min=1, help="how many rows")] = 3,
-    sets: Sets = [],  # noqa: B006
+    sets: Sets = [],
     store: StoreUrl = None,
     env: Env = None,
     engine: Engine = None,
@@ -173,7 +180,9 @@ def status(store: StoreUrl = None, env: Env = None, as_json: Json = False) -> No
     """What the environment shows: one line per stage."""
     with failures_as_exit_codes(as_json):
         _, now = _environment(store, env)
-        table = Table("stage", "tables", "asked", "known", "failed", "seconds", "at", title=f"environment {now['name']}")
+        table = Table(
+            "stage", "tables", "asked", "known", "failed", "seconds", "at", title=f"environment {now['name']}"
+        )
         for name, record in now["stages"].items():
             counts = record["counts"]
             tables = ", ".join(f"{table} ({pointer['rows']:,})" for table, pointer in record["tables"].items())
@@ -214,13 +223,14 @@ def errors(
 @app.command()
 def why(
     words: Annotated[list[str], typer.Argument(help="item ID, user ID, or user ID item ID")],
-    profiles: Profiles = [],  # noqa: B006
+    profiles: Profiles = [],
     store: StoreUrl = None,
     env: Env = None,
     as_json: Json = False,
 ) -> None:
     """Trace a score, a user or an item to every question and picture behind it, with the literal text of each."""
     from tasks.why import why as trace
+
     from tasks.work import open_work
 
     with failures_as_exit_codes(as_json):
@@ -235,7 +245,7 @@ def why(
 
 
 @app.command()
-def report(profiles: Profiles = [], store: StoreUrl = None, env: Env = None, as_json: Json = False) -> None:  # noqa: B006
+def report(profiles: Profiles = [], store: StoreUrl = None, env: Env = None, as_json: Json = False) -> None:
     """Write the HTML report of the environment again and print where it is."""
     from tasks.report import write_report
     from tasks.work import open_work
@@ -271,9 +281,7 @@ def export(
             out.print(f"{rows:,} rows of {table} written to {output}", highlight=False)
 
 
-def _run(
-    config: Config, stage: str | None, sample: int, retry: tuple[str, ...], yes: bool, as_json: bool
-) -> None:
+def _run(config: Config, stage: str | None, sample: int, retry: tuple[str, ...], yes: bool, as_json: bool) -> None:
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if stage is None and not retry:
         _show_plan(config, sample, as_json)

@@ -75,6 +75,14 @@ def _funnel(made: dict[str, Any], report: str) -> str:
     for name, record in made.items():
         counts = record["counts"]
         for table, pointer in record["tables"].items():
-            cells = (name, table, pointer["rows"], counts["asked"], counts["known"], counts["failed"], record["seconds"])
+            cells = (
+                name,
+                table,
+                pointer["rows"],
+                counts["asked"],
+                counts["known"],
+                counts["failed"],
+                record["seconds"],
+            )
             lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join([*lines, "", f"Report: {report}"])

@@ -50,7 +50,9 @@ def read_profile(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else shipped
     if not path.is_file():
         names = [entry.name.removesuffix(".toml") for entry in (resources.files("flows") / "profiles").iterdir()]
-        raise UsageError(f"there is no profile `{name}`; {nearest(name, names)} A file is given by its path: ./{name}.toml")
+        raise UsageError(
+            f"there is no profile `{name}`; {nearest(name, names)} A file is given by its path: ./{name}.toml"
+        )
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:

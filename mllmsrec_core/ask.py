@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -57,6 +57,11 @@ class Decoding:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Equal decodings must have equal keys, and 0 and 0.0 are written differently."""
+        object.__setattr__(self, "temperature", float(self.temperature))
+        object.__setattr__(self, "top_p", float(self.top_p))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +154,23 @@ def model_of(ask: Ask) -> str:
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def render(ask: Ask) -> str:
     """The Ask as canonical JSON, as kept in the store for `why`; examples stand as their digest."""
-    if isinstance(ask, Train):
-        content: dict[str, Any] = {"model": asdict(ask.model), "recipe": ask.recipe, "digest": ask.digest}
-    else:
-        content = asdict(ask)
-    return canonical({"kind": kind(ask), "version": KEY_VERSION, **content})
+    content = {name: value for name, value in _fields(ask).items() if name not in ("examples", "validation")}
+    return _ENCODER.encode({"kind": kind(ask), "version": KEY_VERSION, **content})
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A dataclass with slots as a dict; `dataclasses.asdict` copies deeply, which costs five times as much."""
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+_ENCODER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_fields
+)  # one for all: json.dumps builds a new one for every call with options
 
 
 def key(ask: Ask) -> bytes:

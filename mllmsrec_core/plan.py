@@ -94,11 +94,12 @@ def cause(now: dict, before: dict | None) -> str:
         return "never run"
     reasons = [f"{stage}.{name}" for stage, params in now["params"].items() for name in _changed(params, before, stage)]
     reasons += ["model"] if now["model"] != before["model"] else []
-    reasons += [f"upstream {table}" for table in now["inputs"] if now["inputs"][table] != before["inputs"].get(table)]
+    moved = [table for table in now["inputs"] if now["inputs"][table] != before["inputs"].get(table)]
+    reasons += [f"upstream {', '.join(moved)}"] if moved else []
     reasons += ["data"] if now["source"] != before["source"] else []
     reasons += ["sample"] if now["sample"] != before["sample"] else []
     reasons += ["code"] if now["code"] != before["code"] else []
-    return ", ".join(reasons) or "its tables are gone"
+    return "; ".join(reasons) or "its tables are gone"
 
 
 def _changed(params: dict, before: dict, stage: str) -> list[str]:

@@ -208,7 +208,7 @@ def candidates(
 def by_hash(frame: pl.DataFrame, on: tuple[str, ...], seed: int = 0) -> pl.DataFrame:
     """`frame` sorted by a hash of its key columns `on` (text or whole numbers): a shuffle any row order repeats."""
     parts = [hashes(frame[c]) if frame[c].dtype == pl.String else frame[c].to_numpy() for c in on]
-    return frame.with_columns(pl.Series("_hash", mix(seed, *parts))).sort("_hash", *on).drop("_hash")
+    return frame.with_columns(pl.Series("_hash", mix(seed, *parts))).sort("_hash", *on, maintain_order=True).drop("_hash")
 
 
 def sample(users: Iterable[str], n: int, seed: int = 0) -> list[str]:

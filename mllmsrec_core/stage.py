@@ -1,21 +1,23 @@
 """What a stage is: three pure functions and a table contract.
 
-`rows(inputs)` says what the work is, one row per unit of work; `ask(row)` is a generator that yields Asks, receives their
-Replies and returns finished rows; `tables(inputs, rows)` shapes the published tables. A stage without `ask` is pure
-arithmetic. Knows nothing of engines, stores or order of execution.
+`rows(inputs)` says what the work is, one row per unit of work; `ask(row)` is a generator that yields Asks, receives
+their Replies and returns finished rows; `tables(inputs, rows)` shapes the published tables. A stage without `ask` is
+pure arithmetic. Knows nothing of engines, stores or order of execution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any, Protocol
 
 import dataframely as dy
 import polars as pl
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mllmsrec_core.ask import Ask, Model, Reply
+from mllmsrec_core.errors import ContractError
 
 Row = dict[str, Any]
 Chain = Generator[Ask, Reply, list[Row]]
@@ -34,7 +36,28 @@ class Params(BaseModel):
 class AskParams(Params):
     """Parameters every stage with questions shares."""
 
-    max_error_rate: float = 0.1
+    max_error_rate: float = Field(0.1, ge=0, le=1)
+
+
+def fields(*known: str) -> AfterValidator:
+    """Marks a parameter as a template over these fields: `Annotated[str, fields("user", "item")]`.
+
+    Anything else between braces is refused before a run starts rather than in the midst of it.
+    """
+    allowed = " and ".join(f"{{{name}}}" for name in known)
+    hint = f"the prompt's fields are {allowed}; write {{{{ and }}}} for braces that stand for themselves"
+
+    def check(template: str) -> str:
+        try:
+            used = list(Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"{error}; {hint}") from error
+        for _, name, spec, conversion in used:
+            if name is not None and (name not in known or spec or conversion):
+                raise ValueError(f"{{{name}}} is not plainly one of its fields; {hint}")
+        return template
+
+    return AfterValidator(check)
 
 
 class Source(Protocol):
@@ -101,7 +124,16 @@ class Stage:
 
 
 def conform(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
-    """`frame` with exactly the contract's columns in order, cast, validated and sorted by its key."""
+    """`frame` with exactly the contract's columns in order, cast, validated and sorted by its key.
+
+    Raises ContractError that names the contract.
+    """
     columns = schema.columns()
-    frame = frame.select(pl.col(name).cast(column.dtype) for name, column in columns.items())
-    return schema.validate(frame).sort(schema.primary_key())
+    try:
+        frame = frame.select(pl.col(name).cast(column.dtype) for name, column in columns.items())
+        return schema.validate(frame).sort(schema.primary_key())
+    except (dy.exc.ValidationError, pl.exceptions.PolarsError) as error:
+        raise ContractError(
+            f"a table breaks the contract {schema.__module__}.{schema.__name__}: {error}. The rows come from upstream "
+            "tables or from the stage's own code; nothing was published."
+        ) from error

@@ -26,14 +26,20 @@ class Blobs:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """The bytes named `digest`. Raises StoreError when they are gone."""
+        """The bytes named `digest`. Raises StoreError when they are gone or are others."""
         try:
-            return self.files.read(_name(digest))
+            content = self.files.read(_name(digest))
         except FileNotFoundError as error:
             raise StoreError(
                 f"blob {digest} is not in {self.files.url}; it was removed by hand or the store was copied in part. "
-                "Restore it, or run `mllmsrec run --stage images --reask`."
+                "Restore it, or make it again: `mllmsrec retry --stage images` for pictures, `--stage sft` for adapters."
             ) from error
+        if sha256(content).hexdigest() != digest:
+            raise StoreError(
+                f"{self.files.path(_name(digest))} does not hold what its name says; remove the file, then make it again: "
+                "`mllmsrec retry --stage images` for pictures, `--stage sft` for adapters."
+            )
+        return content
 
     def has(self, digest: str) -> bool:
         return self.files.exists(_name(digest))

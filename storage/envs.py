@@ -7,10 +7,14 @@ which tables an environment shows, the highest number holds. Both are written af
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime
 from typing import Any
 
+from mllmsrec_core.errors import StoreError, UsageError
 from storage.files import Files
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # one folder, and no way out of it
 
 
 class Envs:
@@ -28,14 +32,18 @@ class Envs:
 
     def current(self, name: str) -> dict[str, Any]:
         """The environment as it stands: `{"seq", "at", "stages": {stage: record}}`; empty before its first run."""
-        numbers = self._numbers(name)
-        return self._json(f"envs/{name}/{numbers[-1]:08d}.json") or {} if numbers else {"seq": 0, "stages": {}}
+        if not NAME.fullmatch(name):
+            raise UsageError(f"environment `{name}`: a name is made of letters, digits, `_`, `-` and `.`")
+        paths = {int(stem): path for path in self.files.names(f"envs/{name}", ".json") if (stem := _stem(path)).isdigit()}
+        newest = self._json(paths[max(paths)]) if paths else None
+        return newest or {"seq": 0, "stages": {}}
 
     def move(self, name: str, stages: dict[str, Any]) -> int:
         """Point the environment at `stages` over what it showed before; returns the new number.
 
         Nothing is written when nothing changed. Of two racers each gets a number of its own; the later one holds.
         """
+        stages = json.loads(json.dumps(stages))  # compared with what was read, where a tuple is a list
         while True:
             now = self.current(name)
             merged = {**now["stages"], **stages}
@@ -48,14 +56,19 @@ class Envs:
     def names(self) -> list[str]:
         return sorted({name.split("/")[1] for name in self.files.names("envs", ".json")})
 
-    def _numbers(self, name: str) -> list[int]:
-        return sorted(int(path.rsplit("/", 1)[1].split(".")[0]) for path in self.files.names(f"envs/{name}", ".json"))
-
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
             return json.loads(self.files.read(name))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise StoreError(
+                f"{self.files.path(name)} is not JSON; it was changed by hand. Remove it: the next run makes it again."
+            ) from error
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         self.files.write(name, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def _stem(path: str) -> str:
+    return path.rsplit("/", 1)[1].removesuffix(".json")

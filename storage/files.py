@@ -10,6 +10,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,7 +22,7 @@ class Files:
     """Paths are relative to the root, with forward slashes."""
 
     def __init__(self, url: str) -> None:
-        self.fs, root = fsspec.url_to_fs(url)
+        self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False)  # others write here too
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
         self.url = url
@@ -33,36 +34,33 @@ class Files:
     def write(self, name: str, content: bytes) -> None:
         """Write `name` so that it is whole or absent. Raises StoreError when the store cannot take it."""
         path = self.path(name)
-        try:
-            if self.local:
-                _write_local(path, content)
-            else:
+        with _writing(path):
+            if not self.local:
                 self.fs.pipe_file(path, content)
-        except OSError as error:
-            why = "no space left" if error.errno == errno.ENOSPC else str(error)
-            raise StoreError(
-                f"cannot write {path}: {why}. Everything written before is kept; free space or fix access, then repeat the command."
-            ) from error
+                return
+            temporary = _temporary(path, content)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
 
     def create(self, name: str, content: bytes) -> bool:
         """Write `name` unless it exists; False when it does. Two racers never both win."""
         path = self.path(name)
-        if self.local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-            _write_local(temporary, content)
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(temporary)
-            return True
         try:
-            self.fs.pipe_file(path, content, mode="create")
+            with _writing(path):
+                if not self.local:
+                    self.fs.pipe_file(path, content, mode="create")
+                    return True
+                temporary = _temporary(path, content)
+                try:
+                    os.link(temporary, path)
+                finally:
+                    os.unlink(temporary)
+                return True
         except FileExistsError:
             return False
-        return True
 
     def read(self, name: str) -> bytes:
         """The bytes of `name`. Raises FileNotFoundError."""
@@ -70,6 +68,13 @@ class Files:
 
     def exists(self, name: str) -> bool:
         return self.fs.exists(self.path(name))
+
+    def size(self, name: str) -> int | None:
+        """Bytes in `name`; None where there is no such file."""
+        try:
+            return self.fs.size(self.path(name))
+        except FileNotFoundError:
+            return None
 
     def names(self, under: str, suffix: str = "") -> list[str]:
         """Every file below the folder `under` whose name ends with `suffix`, sorted; empty where there is no folder."""
@@ -85,22 +90,36 @@ class Files:
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with everything below it; nothing happens where there is none."""
-        if self.exists(name):
+        with suppress(FileNotFoundError):  # another writer may have been faster
             self.fs.rm(self.path(name), recursive=True)
 
 
-def _write_local(path: str, content: bytes) -> None:
-    """Temporary file beside the target, fsync, rename."""
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Turn what the system says of a failed write into one clear error; FileExistsError goes through."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        why = "no space left" if error.errno == errno.ENOSPC else str(error)
+        raise StoreError(
+            f"cannot write {path}: {why}. Everything written before is kept; free space or fix access, then repeat the "
+            "command."
+        ) from error
+
+
+def _temporary(path: str, content: bytes) -> str:
+    """A file beside `path` with this content, flushed to disk; nothing is left of it when that fails."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+    return temporary

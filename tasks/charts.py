@@ -56,7 +56,9 @@ def intervals(panels: Sequence[tuple[str, float | None, Rows]], order: Sequence[
         colour = alt.condition("datum.scorer == 'model'", alt.value(BLUE), alt.value(GREY))
         base = alt.Chart(_frame(rows)).encode(y=y, color=colour)
         scale = alt.Scale(zero=False, nice=True)
-        bars = base.mark_rule(strokeWidth=2.5).encode(x=alt.X("low:Q", title=None, scale=scale), x2="high:Q")
+        bars = base.mark_rule(strokeWidth=2.5).encode(
+            x=alt.X("low:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4, labelFlush=False)), x2="high:Q"
+        )
         points = base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q")
         layers = [bars, points]
         if chance is not None:
@@ -73,7 +75,7 @@ def lines(rows: Rows, y_title: str) -> Markup:
     colours = alt.Scale(domain=names, range=[BLUE, ORANGE, GREEN, RED, GREY][: max(1, len(names))])
     mark = alt.Chart(frame).mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=2)
     encoded = mark.encode(
-        x=alt.X("step:Q", title="training step"),
+        x=alt.X("step:Q", title="training step", axis=alt.Axis(tickMinStep=1), scale=alt.Scale(zero=False, nice=False)),
         y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False)),
         color=alt.Color("series:N", scale=colours, legend=alt.Legend() if len(names) > 1 else None),
     )

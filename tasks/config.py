@@ -22,16 +22,20 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    store: str = Field("./store", description="any fsspec URL")
-    env: str = Field("dev", description="the environment the run publishes to")
-    engine: Literal["transformers"] = Field("transformers", description="who answers for models other than `scripted`")
-    device: str = Field("auto", description="auto, cpu or cuda")
-    batch_size: int = Field(32, ge=1, description="rows per forward pass")
-    window: int = Field(256, ge=1, description="rows in flight")
-    flush_rows: int = Field(500, ge=1, description="at most this many answers are asked again after a kill")
-    flush_seconds: float = Field(5.0, gt=0, description="an answer waits at most this long to become durable")
-    allow_hosts: tuple[str, ...] = Field((), description="hosts images may come from although they are not public")
-    scratch: str = Field("", description="local folder for training checkpoints; default: beside a local store")
+    store: str = Field(default="./store", description="any fsspec URL")
+    env: str = Field(default="dev", description="the environment the run publishes to")
+    engine: Literal["transformers"] = Field(
+        default="transformers", description="who answers for models other than `scripted`"
+    )
+    device: str = Field(default="auto", description="auto, cpu or cuda")
+    batch_size: int = Field(default=32, ge=1, description="rows per forward pass")
+    window: int = Field(default=256, ge=1, description="rows in flight")
+    flush_rows: int = Field(default=500, ge=1, description="at most this many answers are asked again after a kill")
+    flush_seconds: float = Field(default=5.0, gt=0, description="an answer waits at most this long to become durable")
+    allow_hosts: tuple[str, ...] = Field(
+        default=(), description="hosts images may come from although they are not public"
+    )
+    scratch: str = Field(default="", description="local folder for training checkpoints; default: beside a local store")
 
 
 class Models(Params):
@@ -62,7 +66,9 @@ class Config:
 
     def to_json(self) -> str:
         """One line that travels to another process and names this configuration."""
-        return canonical({"settings": self.settings.model_dump(mode="json"), "params": self.params.model_dump(mode="json")})
+        return canonical(
+            {"settings": self.settings.model_dump(mode="json"), "params": self.params.model_dump(mode="json")}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Config:

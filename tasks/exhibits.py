@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from tasks.shown import Shown, Thumbnails, few, first, lookup, of
+from tasks.shown import Shown, Thumbnails, few, first, lookup, of, read_by
 
 CAPTIONS, USERS, FLAGGED = 6, 2, 8
 STEPS = 8  # of one user; the first ones and the newest
@@ -112,7 +112,12 @@ class Exhibits:
         )
         rows = chosen.join(owners, on="sha256", how="left", maintain_order="left")
         texts = lookup(
-            self.shown.table("item_summaries"), "item_id", rows["item_id"].drop_nulls(), "text_summary", "summary", "modality"
+            self.shown.table("item_summaries"),
+            "item_id",
+            rows["item_id"].drop_nulls(),
+            "text_summary",
+            "summary",
+            "modality",
         )
         return [self._caption(row, texts.get(row["item_id"], {})) for row in rows.iter_rows(named=True)]
 
@@ -148,9 +153,7 @@ class Exhibits:
         )
 
     def _step(self, row: dict[str, Any], liked: pl.DataFrame) -> Step:
-        """A step read the last `n_items` liked items up to `upto_seq`."""
-        read = liked.filter(pl.col("seq") <= row["upto_seq"]).tail(row["n_items"])["item_id"]
-        tiles = self.tiles(read.tail(PICTURES))
+        tiles = self.tiles(read_by(row, liked).tail(PICTURES))
         return Step(row["step"], tiles, row["n_items"], row["preference"], row["error"])
 
     def _scores(self, user: str) -> pl.DataFrame | None:
@@ -186,7 +189,9 @@ class Exhibits:
         images, captions, summaries = (self.shown.table(name) for name in ("images", "captions", "item_summaries"))
         item = row["subject_id"]
         if of_picture:
-            owners = of(item, "sha256", images)["item_id"].sort() if images is not None else pl.Series([], dtype=pl.String)
+            owners = (
+                of(item, "sha256", images)["item_id"].sort() if images is not None else pl.Series([], dtype=pl.String)
+            )
             item = owners[0] if len(owners) else item[:12]
         table, key, column = (captions, "sha256", "caption") if of_picture else (summaries, "item_id", "summary")
         text = lookup(table, key, [row["subject_id"]], column).get(row["subject_id"], {}).get(column)

@@ -18,9 +18,14 @@ from markupsafe import Markup
 from tasks import charts
 from tasks.shown import Shown
 
-SCORERS = ("model", "itemknn", "popularity", "random")  # in this order; others follow by name
+SCORERS = {"model": "model", "itemknn": "ItemKNN", "popularity": "popularity", "random": "random"}  # in this order
 NAMES = {"hr": "HR", "ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "auc_pooled": "AUC, pooled", "recall": "Recall"}
-SHOWN = ("auc", "auc_pooled", "hr", "ndcg", "mrr")  # recall equals HR with one positive in a list
+# Recall equals HR with one positive in a list, and at 1 so do NDCG and MRR; what else there is stays in the table `metrics`.
+SHOWN = (
+    ("auc", 0), ("auc_pooled", 0), ("hr", 1), ("hr", 5), ("hr", 10), ("ndcg", 5), ("ndcg", 10), ("mrr", 10),
+)  # fmt: skip
+SLICES = ("all", "cold items", "warm items", "cold users", "history 5-9", "history 10-19", "history 20+")
+FEW_USERS = 10  # a bootstrap over fewer users has an interval that says too little, down to none for one user
 BINS = 10
 HISTOGRAM_BINS = 24
 MAX_NULL_BINS = 33  # with 16 null pictures a quantile has 17 places, and each gets a bin of its own
@@ -48,6 +53,7 @@ class ScorerRow:
 class Slice:
     name: str
     n_users: int
+    few: bool  # too few users for an interval
     cells: tuple[Interval, ...]  # one per scorer
 
 
@@ -69,8 +75,9 @@ class Metrics:
 
 
 def in_order(names: Sequence[str]) -> list[str]:
-    """Scorers with the model first and chance last."""
-    return sorted(names, key=lambda name: (SCORERS.index(name) if name in SCORERS else 1, name))
+    """Scorers with the model first and chance last; ones this page does not know stand in between."""
+    known = list(SCORERS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else 1, name))
 
 
 def metrics(shown: Shown) -> Metrics | None:
@@ -79,8 +86,8 @@ def metrics(shown: Shown) -> Metrics | None:
         return None
     whole = table.filter(pl.col("slice") == "all")
     scorers = in_order(whole["scorer"].unique().to_list())
-    columns = [(m, k) for m in SHOWN for k in sorted(whole.filter(pl.col("metric") == m)["k"].unique().to_list())]
-    columns = [(m, k) for m, k in columns if k != 1 or m == "hr"]  # at 1 NDCG and MRR equal HR
+    measured = set(whole.select("metric", "k").iter_rows())
+    columns = [column for column in SHOWN if column in measured]
     sizes, n_lists = list_sizes(shown)
     rows = tuple(_scorer_row(whole.filter(pl.col("scorer") == name), name, columns) for name in scorers)
     return Metrics(
@@ -88,7 +95,7 @@ def metrics(shown: Shown) -> Metrics | None:
         tuple(label(*column) for column in columns),
         rows,
         tuple(_slices(table, scorers)),
-        tuple(scorers),
+        tuple(SCORERS.get(name, name) for name in scorers),
         rows[0].n_users,
         n_lists,
         sizes,
@@ -119,18 +126,23 @@ def _cell(rows: pl.DataFrame, metric: str, k: int) -> Interval:
 def _scorer_row(rows: pl.DataFrame, scorer: str, columns: list[tuple[str, int]]) -> ScorerRow:
     one = rows.row(0, named=True)
     cells = tuple(_cell(rows, *column) for column in columns)
-    return ScorerRow(scorer, cells, one["n_users"], one["tie_rate"], one["missing_rate"])
+    if scorer == "random":  # known exactly: its interval has no width
+        cells = tuple(Interval(cell.value, None, None) for cell in cells)
+    return ScorerRow(SCORERS.get(scorer, scorer), cells, one["n_users"], one["tie_rate"], one["missing_rate"])
 
 
 def _slices(table: pl.DataFrame, scorers: list[str]) -> list[Slice]:
     """AUC per slice: the metric that depends least on how many candidates there are."""
     auc = table.filter(pl.col("metric") == "auc")
-    names = auc["slice"].unique(maintain_order=True).to_list()
+    names = auc["slice"].unique().to_list()
     found = []
-    for name in sorted(names, key=lambda name: (name != "all", name)):
+    for name in sorted(names, key=lambda name: (SLICES.index(name) if name in SLICES else len(SLICES), name)):
         rows = auc.filter(pl.col("slice") == name)
-        cells = tuple(_cell(rows.filter(pl.col("scorer") == scorer), "auc", 0) for scorer in scorers)
-        found.append(Slice(name, rows["n_users"][0], cells))
+        n_users = rows["n_users"][0]
+        cells = [_cell(rows.filter(pl.col("scorer") == scorer), "auc", 0) for scorer in scorers]
+        narrow = [n_users < FEW_USERS or scorer == "random" for scorer in scorers]
+        cells = [Interval(x.value, None, None) if bare else x for x, bare in zip(cells, narrow, strict=True)]
+        found.append(Slice(name, n_users, n_users < FEW_USERS, tuple(cells)))
     return found
 
 
@@ -156,15 +168,15 @@ def _interval_chart(whole: pl.DataFrame, scorers: list[str], sizes: tuple[int, i
             continue
         random = rows.filter(pl.col("scorer") == "random")["value"]
         chance = 0.5 if metric == "auc" else random[0] if len(random) else None
-        panels.append((label(metric, at), chance, rows.select("scorer", "value", "low", "high").to_dicts()))
-    return charts.intervals(panels, scorers) if panels else Markup("")
+        rows = rows.select(pl.col("scorer").replace(SCORERS), "value", "low", "high")
+        panels.append((label(metric, at), chance, rows.to_dicts()))
+    return charts.intervals(panels, [SCORERS.get(name, name) for name in scorers]) if panels else Markup("")
 
 
 def verdicts(whole: pl.DataFrame, scorers: list[str]) -> list[str]:
     """What the intervals allow to be said of the model, and no more."""
     auc = {
-        row["scorer"]: row
-        for row in whole.filter(pl.col("metric") == "auc").drop_nulls("value").iter_rows(named=True)
+        row["scorer"]: row for row in whole.filter(pl.col("metric") == "auc").drop_nulls("value").iter_rows(named=True)
     }
     model = auc.get("model")
     if model is None or model["low"] is None:
@@ -180,7 +192,7 @@ def verdicts(whole: pl.DataFrame, scorers: list[str]) -> list[str]:
     for name in scorers:
         other = auc.get(name)
         if name not in ("model", "random") and other and other["low"] is not None:
-            said.append(_against(model, name, other))
+            said.append(_against(model, SCORERS.get(name, name), other))
     return said
 
 

@@ -59,7 +59,7 @@ def _weights(name: str) -> tuple[str, str, str]:
     if name in EMBEDDED:
         return name, _content(name, EMBEDDED[name]), str(EMBEDDED[name])
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         folder = folder.resolve()
         return folder.name, _content(name, folder), str(folder)
     hub = HUB_ID.fullmatch(name)

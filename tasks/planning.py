@@ -16,8 +16,8 @@ from mllmsrec_core.plan import Due, cause, walk
 from mllmsrec_core.stage import Inputs, Stage, conform
 from mllmsrec_core.stages import STAGES
 from storage.tables import content_digest
-from tasks.run_stage import done_schema, fingerprint
-from tasks.stage_task import inputs_of, narrow, parts
+from tasks.run_stage import done_schema
+from tasks.stage_task import inputs_of, narrow, parts, standing_record
 from tasks.work import Work
 
 UNCERTAIN = "not known yet"
@@ -25,7 +25,7 @@ UNCERTAIN = "not known yet"
 
 @dataclass(frozen=True)
 class Line:
-    """What one stage would do. `why` is empty for a stage that would be reused; `seconds` None where nothing was measured."""
+    """What one stage would do. `why` is empty where it would be reused, `seconds` None where nothing was measured."""
 
     stage: str
     due: Due
@@ -59,8 +59,8 @@ def _plan_stage(work: Work, stage: Stage, tables: _Tables, before: Mapping[str, 
     inputs = inputs_of(work, stage, {table: tables.frames[table] for table in stage.reads})
     now = parts(work, stage, inputs, {table: tables.digests[table] for table in stage.reads})
     certain = tables.certain(stage)
-    record = work.store.envs.record(stage.name, fingerprint(now)) if certain and not retry else None
-    if record and all(work.store.tables.whole(table, p["write_id"]) for table, p in record["tables"].items()):
+    record = standing_record(work, stage, now) if certain and not retry else None
+    if record:
         for table, pointer in record["tables"].items():
             tables.frames[table] = work.store.tables.read(table, pointer["write_id"])
             tables.digests[table] = pointer["digest"]
@@ -71,9 +71,7 @@ def _plan_stage(work: Work, stage: Stage, tables: _Tables, before: Mapping[str, 
     return Line(stage.name, due, cause(now, old and old["parts"]), _seconds(due, old))
 
 
-def _compute(
-    work: Work, stage: Stage, inputs: Inputs, tables: _Tables, certain: bool, retry: frozenset[str]
-) -> Due:
+def _compute(work: Work, stage: Stage, inputs: Inputs, tables: _Tables, certain: bool, retry: frozenset[str]) -> Due:
     rows = stage.rows(inputs)
     if work.sample and stage.name != "ingest":
         rows = work.sample.keep(rows)

@@ -14,9 +14,11 @@ from typing import Any
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.states import Completed, State
+from prefect.states import Completed
 
+from mllmsrec_core.errors import EngineError
 from tasks.run_stage import Counts, How
 from tasks.stage_task import draw_sample, perform
 from tasks.work import open_work
@@ -42,12 +44,27 @@ class Progress:
         share = 100.0 * counts.done / max(1, counts.rows)
         with suppress(Exception):  # a server that is away must not end the stage
             if self.artifact is None:
-                self.artifact = create_progress_artifact(share, key=f"{stage}-progress", description=f"{stage}: rows done")
+                self.artifact = create_progress_artifact(
+                    share, key=f"{stage}-progress", description=f"{stage}: rows done"
+                )
             else:
                 update_progress_artifact(self.artifact, share)  # type: ignore[arg-type]
 
 
-@task(name="stage", task_run_name="{name}", cache_policy=NO_CACHE, persist_result=False)
+def _engine_broke(task: Any, run: Any, state: State) -> bool:
+    """Only a broken engine is worth another try: bad input and failed rows would fail again."""
+    return isinstance(state.result(raise_on_failure=False), EngineError)
+
+
+@task(
+    name="stage",
+    task_run_name="{name}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=_engine_broke,
+)
 def stage_task(
     name: str, config_json: str, stages: Mapping[str, Any], sample: int = 0, retry: tuple[str, ...] = ()
 ) -> State[dict[str, Any]]:
@@ -57,7 +74,11 @@ def stage_task(
         work = draw_sample(work, stages, sample)
     settings = work.config.settings
     how = How(settings.window, frozenset(retry), progress=Progress(name))
-    record, reused = perform(work, name, stages, how)
+    try:
+        record, reused = perform(work, name, stages, how)
+    except EngineError:
+        work.engine_for.drop()  # whoever tries again opens a fresh one
+        raise
     rows = ", ".join(f"{table} {pointer['rows']:,} rows" for table, pointer in record["tables"].items())
     if reused:
         return Completed(name="Cached", message=f"{rows}, made {record['at']}", data=record)

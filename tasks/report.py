@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import polars as pl
+from markupsafe import Markup, escape
 
 import mllmsrec_core
+from mllmsrec_core.stages import STAGES
 from tasks import figures
 from tasks.exhibits import Exhibits
 from tasks.shown import Shown
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
     from tasks.work import Work
 
 TOY = ("embedded-vlm", "embedded-clip")  # trained on the demo's kind of pictures and no other
-ORDER = ("ingest", "images", "caption", "summary", "preference", "examples", "sft", "score", "audit")
+ORDER = tuple(stage.name for stage in STAGES)
 MAX_REASONS = 12
 _SECRET = re.compile(r"://[^/@\s\"]+@")  # user and password inside a URL
+_TICKS = re.compile(r"`([^`]*)`")
 _PARTICULAR = re.compile(r"`[^`]*`|\d+")  # what differs between two rejects of one kind
 
 
@@ -77,7 +80,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": count, "span": span, "share": share, "figure": figure}
+    environment.filters |= {"count": count, "span": span, "share": share, "figure": figure, "ticks": ticks}
     return environment.from_string(text)
 
 
@@ -108,6 +111,11 @@ def share(value: float | None) -> str:
 
 def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def ticks(text: str) -> Markup:
+    """Escaped text in which `this` is set as code."""
+    return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
 # --- what stands at the top ---------------------------------------------------------------------------------------------
@@ -237,7 +245,9 @@ def picture_states(shown: Shown) -> list[tuple[str, int]]:
     table = shown.table("images")
     if table is None:
         return []
-    return list(table["status"].cast(pl.String).value_counts(sort=True, name="n").sort("n", descending=True).iter_rows())
+    return list(
+        table["status"].cast(pl.String).value_counts(sort=True, name="n").sort("n", descending=True).iter_rows()
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 
 import mllmsrec_core
-from mllmsrec_core.ask import Ask, Reply, digest, key
+from mllmsrec_core.ask import Ask, Fetch, Generate, Reply, Train, digest, key
 from mllmsrec_core.errors import AskError, EmptyReply, TooManyErrors
 from mllmsrec_core.stage import Chain, Inputs, Row, Stage, conform
 from storage.store import Store
@@ -27,6 +27,8 @@ from tasks.engines import Engine
 MIN_ROWS_FOR_ERROR_RATE = 50  # fewer say little about a share; the end of the stage checks in any case
 
 MIN_ASKS_FOR_RATE = 20  # fewer measure the start-up, not the engine
+
+ROWS_PER_BREATH = 50  # known rows between two looks at signals, progress and engines: some milliseconds
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Counts:
     failed: int = 0
     known: int = 0
     asked: int = 0
+    passing: int = 0  # asked in vain for now: the next run asks them again
     tokens_in: int = 0
     tokens_out: int = 0
     errors: dict[str, int] = field(default_factory=dict)
@@ -59,21 +62,31 @@ class Oracle:
     def __init__(self, store: Store, engine_for: Callable[[Ask], Engine], how: How, counts: Counts) -> None:
         self.store, self.engine_for, self.how, self.counts = store, engine_for, how, counts
         self._in_flight: dict[bytes, asyncio.Future[Reply]] = {}
+        self._asked: set[bytes] = set()  # a retry asks once, not once per row
 
     def known(self, ask: Ask, name: bytes) -> Reply | None:
-        reply = self.store.replies.get(ask, name, self.how.retry)
-        self.counts.known += reply is not None
+        retry = self.how.retry if name not in self._asked else frozenset[str]()
+        reply = self.store.replies.get(ask, name, retry)
+        if reply is None or (retry and self._lost(ask, reply)):
+            return None
+        self.counts.known += 1
         return reply
+
+    def _lost(self, ask: Ask, reply: Reply) -> bool:
+        """Whether the answer names a blob that is gone. Looked up only in a retry, the command that mends it."""
+        return isinstance(ask, Fetch | Train) and bool(reply.value) and not self.store.blobs.has(reply.value["sha256"])
 
     async def answer(self, ask: Ask, name: bytes) -> Reply:
         """The engine's reply, stored. A bad row becomes a failed Reply; EngineError goes through to the caller."""
         if name in self._in_flight:
             self.counts.known += 1
             return await asyncio.shield(self._in_flight[name])
+        if (reply := self.known(ask, name)) is not None:  # another row asked it while this one waited for the window
+            return reply
         future = self._in_flight[name] = asyncio.get_running_loop().create_future()
         try:
-            reply = await self._ask(ask)
-            self.store.replies.add(ask, name, reply)
+            self._asked.add(name)
+            reply = self.store.replies.add(ask, name, await self._ask(ask))
             future.set_result(reply)
         except BaseException as error:
             future.set_exception(error)
@@ -87,11 +100,12 @@ class Oracle:
         started = time.monotonic()
         try:
             reply = await self.engine_for(ask).answer(ask)
-            if reply.value == "":
-                raise EmptyReply("the model wrote nothing")
+            if isinstance(ask, Generate) and isinstance(reply.value, str) and not reply.value.strip():
+                reply = replace(reply, value=None, error=EmptyReply.error_class, detail="the model wrote nothing")
         except AskError as error:
             reply = Reply(error=error.error_class, detail=str(error), passing=error.passing)
         self.counts.asked += 1
+        self.counts.passing += reply.passing
         self.counts.tokens_in += reply.tokens_in
         self.counts.tokens_out += reply.tokens_out
         return replace(reply, seconds=reply.seconds or time.monotonic() - started)
@@ -119,26 +133,33 @@ class Run:
     async def all(self, rows: pl.DataFrame) -> list[Row]:
         """Every row's finished rows, in the order of `rows`; longest chains start first where the stage says so."""
         self.counts.rows = len(rows)
-        window = asyncio.Semaphore(self.how.window)
-        ticker = asyncio.create_task(self._tick())
         try:
-            async with asyncio.TaskGroup() as group:
-                for number, row in self._in_order(rows):
-                    assert self.stage.ask is not None
-                    chain = self.stage.ask(self.inputs, row)
-                    step = _advance(chain, self.oracle, None)
-                    if isinstance(step, list):
-                        self._finish(number, step)
-                        continue
-                    await window.acquire()
-                    group.create_task(self._drive(number, chain, step, window))
-        except* Exception as errors:  # the first one says why; the others are its echoes
+            async with asyncio.TaskGroup() as outer:  # a ticker that cannot write must end the run too
+                ticker = outer.create_task(self._tick())
+                async with asyncio.TaskGroup() as group:
+                    await self._start_all(rows, group)
+                ticker.cancel()
+        except BaseExceptionGroup as errors:  # the first one says why; the others are its echoes
             raise _first(errors) from None
         finally:
-            ticker.cancel()
             self.oracle.store.replies.flush()
         self._check_error_rate(at_end=True)
         return [row for number in sorted(self.finished) for row in self.finished[number]]
+
+    async def _start_all(self, rows: pl.DataFrame, group: asyncio.TaskGroup) -> None:
+        """Finish what is known, and start what is not as the window has room."""
+        window = asyncio.Semaphore(self.how.window)
+        for count, (number, row) in enumerate(self._in_order(rows), 1):
+            assert self.stage.ask is not None
+            chain = self.stage.ask(self.inputs, row)
+            step = _advance(chain, self.oracle, None)
+            if isinstance(step, list):
+                self._finish(number, step)
+            else:
+                await window.acquire()
+                group.create_task(self._drive(number, chain, step, window))
+            if count % ROWS_PER_BREATH == 0:
+                await asyncio.sleep(0)
 
     def _in_order(self, rows: pl.DataFrame) -> Iterator[tuple[int, Row]]:
         order = rows.with_row_index("__row")
@@ -147,7 +168,8 @@ class Run:
         for row in order.iter_rows(named=True):
             yield row.pop("__row"), row
 
-    async def _drive(self, number: int, chain: Chain, step: tuple[Ask, bytes], window: asyncio.Semaphore) -> None:
+    async def _drive(self, number: int, chain: Chain, first: tuple[Ask, bytes], window: asyncio.Semaphore) -> None:
+        step: tuple[Ask, bytes] | list[Row] = first
         try:
             while not isinstance(step, list):
                 step = _advance(chain, self.oracle, await self.oracle.answer(*step))
@@ -221,7 +243,7 @@ async def _until_terminated(work: Awaitable[Any]) -> Any:
     """Let SIGTERM end the work as Ctrl-C does: cancelled, flushed, then KeyboardInterrupt."""
     task = asyncio.ensure_future(work)
     on_main = threading.current_thread() is threading.main_thread()
-    loop = asyncio.get_running_loop()
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
     if on_main:
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
     try:
@@ -231,6 +253,7 @@ async def _until_terminated(work: Awaitable[Any]) -> Any:
     finally:
         if on_main:
             loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 ENGINE_LOOP = _EngineLoop()
@@ -278,7 +301,7 @@ def run_stage(
         "rate": counts.asked / seconds if counts.asked >= MIN_ASKS_FOR_RATE else None,  # Asks a second
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if not counts.errors.get("passing"):
+    if not counts.passing:
         store.envs.write_record(stage.name, record["fingerprint"], record)
     store.replies.compact()
     return record

@@ -114,3 +114,8 @@ def lookup(frame: pl.DataFrame | None, key: str, wanted: Iterable[str], *columns
         return {}
     found = frame.filter(pl.col(key).is_in(list(wanted))).select(key, *columns)
     return {row[key]: row for row in found.iter_rows(named=True)}
+
+
+def read_by(step: dict[str, Any], liked: pl.DataFrame) -> pl.Series:
+    """The items a preference step read, oldest first: the last `n_items` liked ones up to its `upto_seq`."""
+    return liked.filter(pl.col("seq") <= step["upto_seq"]).sort("seq").tail(step["n_items"])["item_id"]

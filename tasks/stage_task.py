@@ -81,12 +81,20 @@ def perform(work: Work, name: str, stages: Mapping[str, Any], how: How) -> tuple
     inputs = gather(work, stage, stages)
     pointers = table_records(stages)
     now = parts(work, stage, inputs, {table: pointers[table]["digest"] for table in stage.reads})
-    record = work.store.envs.record(name, fingerprint(now))
-    if record and not how.retry and all(work.store.tables.whole(t, p["write_id"]) for t, p in record["tables"].items()):
+    record = standing_record(work, stage, now)
+    if record and not how.retry:
         return record, True
     if work.sample:
         how = replace(how, keep_rows=work.sample.keep)
     return run_stage(work.store, stage, inputs, now, work.engine_for, how), False
+
+
+def standing_record(work: Work, stage: Stage, now: dict[str, Any]) -> dict[str, Any] | None:
+    """What the stage made of exactly these inputs, if every table of it is still whole."""
+    record = work.store.envs.record(stage.name, fingerprint(now))
+    if record and all(work.store.tables.whole(table, made["write_id"]) for table, made in record["tables"].items()):
+        return record
+    return None
 
 
 def draw_sample(work: Work, stages: Mapping[str, Any], n: int) -> Work:

@@ -1,8 +1,8 @@
 """Lets the CUDA build of torchvision import beside CPU-only torch.
 
-The package index has only the CUDA build of torchvision for this torch. Its compiled operators need CUDA libraries, so on
-a machine without them `import torchvision` dies with "operator torchvision::nms does not exist". Declaring the schemas of
-two operators is enough: transforms are pure torch. `nms` itself stays unusable, and nothing here calls it.
+The package index has only the CUDA build of torchvision for this torch. Its compiled operators need CUDA libraries, so
+without them `import torchvision` dies with "operator torchvision::nms does not exist". Declaring the schemas of two
+operators is enough: transforms are pure torch. `nms` itself stays unusable, and nothing here calls it.
 Call `install()` before anything imports torchvision, open_clip or transformers. It does nothing beside a CPU build of
 torchvision or a CUDA build of torch, and knows nothing of models.
 """

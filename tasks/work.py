@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,6 +24,7 @@ from tasks.config import Config, Settings
 from tasks.engines import Engine
 from tasks.engines.scripted import MODEL as SCRIPTED
 from tasks.engines.scripted import ScriptedEngine
+from tasks.run_stage import ENGINE_LOOP
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Sample:
         return rows.filter(pl.col("user_id").is_in(self.users)) if "user_id" in rows.columns else rows
 
     def narrow(self, stage: Stage, tables: Mapping[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
-        """Stages about items alone see these items; those that read histories keep the catalogue, which they draw from."""
+        """Stages about items alone see these items; those that read histories keep the catalogue they draw from."""
         if "interactions" in stage.reads:
             return dict(tables)
         return {
@@ -62,9 +64,12 @@ class Engines:
             self._open[name] = getattr(self, f"_open_{name}")()
         return self._open[name]
 
-    def opened(self) -> list[str]:
-        """Names of the engines that were needed."""
-        return sorted(self._open)
+    def drop(self) -> None:
+        """Forget every open engine; the next question opens a fresh one."""
+        engines, self._open = self._open, {}
+        for engine in engines.values():
+            with suppress(Exception):  # a broken engine may fail to close too
+                ENGINE_LOOP.run(engine.close())
 
     def _open_scripted(self) -> Engine:
         return ScriptedEngine(self.store.blobs)
@@ -121,7 +126,9 @@ def open_work(config_json: str) -> Work:
     config = Config.from_json(config_json)
     settings, params = config.settings, config.stage_params()
     store = Store(settings.store, settings.flush_rows, settings.flush_seconds)
-    resolved = {name: _resolve(config, stage_params) for name, stage_params in params.items() if hasattr(stage_params, "model")}
+    resolved = {
+        name: _resolve(config, stage_params) for name, stage_params in params.items() if hasattr(stage_params, "model")
+    }
     locations = {model.slug: location for model, location in resolved.values()}
     source = FsspecSource(params["ingest"].path or ".")
     roots = (source.uri(""),) if params["ingest"].path else ()

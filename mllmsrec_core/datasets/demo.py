@@ -1,7 +1,8 @@
 """demo: a built-in shop of drawn products and shoppers with drifting tastes, made from a seed alone.
 
-Every picture is a pure function of its URI (`demo://mug/red/striped/7-I0012.png`), so nothing is stored or downloaded. What a
-picture shows stands nowhere else: titles are an invented brand and a style word, and the other item columns are null.
+Every picture is a pure function of its URI (`demo://mug/red/striped/7-I0012.png`), so nothing is stored or downloaded.
+What a picture shows stands nowhere else: titles are an invented brand and a style word, now and then with the category,
+and the other item columns are null.
 The same generator, with other seeds, brands and ids and a tenth of all looks left out, is what the embedded models are
 trained on. Beside the reader stand the ground truths a benchmark needs: the right words for a picture (`caption_text`),
 the right preference after a block of choices (`update`), and `attributes`, which reads both back.
@@ -52,8 +53,8 @@ SIZE = 96  # pixels, both ways
 BLOCK = 3  # choices between two moments at which a taste may drift; the preference stage's default block
 NAMED = 0.2  # share of titles that name the category: enough to be lifelike, too few to rank by
 DRIFT = 0.15  # chance that one attribute of a taste changes after a block
-# How much more a matching attribute draws a shopper, in nats. Set so that the next choice can be told from a random item
-# with an AUC of about .91 by whoever knows the taste (`benchmarks/embedded_models.py` measures it).
+# How much more a matching attribute draws a shopper, in nats. Set so that the next choice can be told from a random
+# item with an AUC of about .91 by whoever knows the taste (`benchmarks/embedded_models.py` measures it).
 PULL = {"colour": 2.6, "pattern": 2.1, "category": 2.6}
 OPENING = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -91,7 +92,12 @@ class Item:
         return f"demo://{self.category}/{self.colour}/{self.pattern}/{self.seed}-{self.item_id}.png"
 
 
-# --- the shop -----------------------------------------------------------------------------------------------------------
+def seeded(*names: object) -> random.Random:
+    """Chance that depends on these names alone."""
+    return random.Random(" ".join(map(str, names)))
+
+
+# --- the shop ---------------------------------------------------------------------------------------------------------
 
 
 def held_out(look: Look) -> bool:
@@ -122,11 +128,11 @@ def item(rng: random.Random, item_id: str, seed: int, training: bool = False) ->
 def assortment(count: int, seed: int, training: bool = False) -> list[Item]:
     """`count` products; those for training have ids T…, the shop's I…."""
     side = "T" if training else "I"
-    rng = random.Random(f"items {side} {seed}")
+    rng = seeded("items", side, seed)
     return [item(rng, f"{side}{number:04d}", seed, training) for number in range(count)]
 
 
-# --- its shoppers -------------------------------------------------------------------------------------------------------
+# --- its shoppers -----------------------------------------------------------------------------------------------------
 
 
 def taste(rng: random.Random) -> Look:
@@ -162,7 +168,7 @@ class Shelf:
 
 
 def history(rng: random.Random, shelf: Shelf, blocks: int) -> tuple[list[Item], list[Look]]:
-    """`blocks` whole blocks of choices and two more, and the taste behind each choice. Repeats are possible but rare."""
+    """`blocks` whole blocks of choices and two more, and the taste behind each. Repeats are possible but rare."""
     now, chosen, tastes = taste(rng), [], []
     for block in range(blocks + 1):
         for _ in range(BLOCK if block < blocks else 2):
@@ -176,7 +182,7 @@ def shoppers(params: Params) -> Iterable[tuple[str, list[Item], list[Look]]]:
     """Every user of the shop: id, choices from first to last, and the taste behind each."""
     shelf = Shelf(assortment(params.items, params.seed))
     for number in range(params.users):
-        rng = random.Random(f"user {params.seed} {number}")
+        rng = seeded("user", params.seed, number)
         blocks = rng.randint(params.min_blocks, max(params.min_blocks, params.max_blocks))
         yield f"U{number:04d}", *history(rng, shelf, blocks)
 
@@ -198,7 +204,7 @@ def read(source: stage.Source | None, params: Params) -> Catalogue:
     ]
     choices = []
     for user_id, chosen, _ in shoppers(params):
-        moments = times(random.Random(f"times {params.seed} {user_id}"), len(chosen))
+        moments = times(seeded("times", params.seed, user_id), len(chosen))
         choices += [
             {"user_id": user_id, "item_id": product.item_id, "at": at, "liked": True}
             for product, at in zip(chosen, moments, strict=True)
@@ -209,7 +215,7 @@ def read(source: stage.Source | None, params: Params) -> Catalogue:
     )
 
 
-# --- its pictures -------------------------------------------------------------------------------------------------------
+# --- its pictures -----------------------------------------------------------------------------------------------------
 
 _URI = re.compile(r"demo://(?P<category>\w+)/(?P<colour>\w+)/(?P<pattern>\w+)/(?P<name>[\w-]+)\.png")
 
@@ -233,7 +239,7 @@ def picture(uri: str) -> bytes:
 
 def draw(uri: str) -> Image.Image:
     """`picture` before it is encoded, for whoever needs the pixels."""
-    look, rng = truth(uri), random.Random(uri)
+    look, rng = truth(uri), seeded(uri)
     side = 2 * SIZE  # drawn at twice the size, for smooth edges
     shape = _placed(_silhouette(look["category"], side, rng), side, rng)
     backdrop = _jitter(rng, rng.choice(BACKDROPS), 0.03)
@@ -330,7 +336,7 @@ def _silhouette(category: str, side: int, rng: random.Random) -> Image.Image:
     return mask
 
 
-# --- what is right to say ---------------------------------------------------------------------------------------------------
+# --- what is right to say ---------------------------------------------------------------------------------------------
 
 
 def caption_text(look: Look) -> str:
@@ -376,7 +382,7 @@ def _words() -> re.Pattern[str]:
 
 
 def attributes(text: str | None) -> Preference:
-    """The attributes a caption, summary or preference speaks of: the last word of each kind, None where there is none."""
+    """The attributes a caption, summary or preference speaks of: the last word of each kind, None without one."""
     found: Preference = dict(NOTHING)
     for word in _words().findall(text or ""):
         name = next(name for name, values in ATTRIBUTES.items() if word.lower() in values)

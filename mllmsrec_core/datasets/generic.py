@@ -19,6 +19,7 @@ from mllmsrec_core.stage import Source
 Unit = Literal["s", "ms", "us", "iso"]
 TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000}  # a second in each unit
 EARLIEST, LATEST = datetime(1990, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)  # a time outside is a wrong unit
+NOTHING = ("", "None", "null")  # how exports write that there is no picture
 QUOTED = 80  # characters of a bad value shown in its reject
 
 
@@ -150,7 +151,7 @@ def first_filled(name: str, dtype: pl.DataType) -> pl.Expr:
 
 def _filled(text: pl.Expr) -> pl.Expr:
     stripped = text.str.strip_chars()
-    return pl.when(~stripped.is_in(["", "None", "null"])).then(stripped)
+    return pl.when(~stripped.is_in(NOTHING)).then(stripped)
 
 
 def _first_listed(text: str) -> str | None:
@@ -160,7 +161,7 @@ def _first_listed(text: str) -> str | None:
         values = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return next((value for value in values if isinstance(value, str) and value.strip()), None)
+    return next((value for value in values if isinstance(value, str) and value.strip() not in NOTHING), None)
 
 
 def absolute(place: pl.Expr, root: str) -> pl.Expr:

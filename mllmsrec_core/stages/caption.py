@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataframely as dy
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core.ask import Decoding, Generate, Message, Picture, key
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
@@ -19,8 +20,8 @@ PROMPT = "Describe the item in this picture: what it is, its colours, its patter
 class Params(AskParams):
     model: str = ""
     prompt: str = PROMPT
-    max_tokens: int = 200  # the first code base's limit
-    max_pixels: int = 1_000_000
+    max_tokens: int = Field(200, ge=1)  # the first code base's limit
+    max_pixels: int = Field(1_000_000, ge=1)
 
 
 class Captions(dy.Schema):

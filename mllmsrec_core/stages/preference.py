@@ -2,22 +2,24 @@
 
 recurrent  blocks of `block` items, each read together with the preference before it (MLLM-MSR, blocks of 3)
 window     a window of items moved by `step`, with the time between items said in words (MLLM-SRec)
-direct     the whole history at once (the MSR_R ablation)
+direct     at the end of each block the whole history so far at once (the MSR_R ablation)
 none       no question; scoring then leans on the last titles
 
 Only liked interactions are read. Blocks are cut from the oldest item and only whole ones are asked, so a new click never
-changes a finished step; what is younger than the last step reaches scoring through `score.keep_last`.
+changes a finished step; what is younger than the last step reaches scoring through `score.keep_last`. Steps are numbered
+from a user's first item, whether or not `max_steps` drops the oldest.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core.ask import Decoding, Generate, Message, key
-from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
+from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import clean, fence
 
 RECURRENT = (
@@ -32,13 +34,15 @@ NOTHING_KNOWN = "nothing yet"
 class Params(AskParams):
     model: str = ""
     mode: Literal["recurrent", "window", "direct", "none"] = "recurrent"
-    block: int = 3  # MLLM-MSR's best block size
-    window: int = 5
-    step: int = 3
-    max_steps: int = 0  # 0: no limit; else the oldest steps are dropped, `max_steps` at a time
-    recurrent_prompt: str = RECURRENT
-    window_prompt: str = WINDOW
-    max_tokens: int = 200
+    block: int = Field(3, ge=1)  # MLLM-MSR's best block size
+    window: int = Field(5, ge=1)
+    step: int = Field(3, ge=1)
+    # 0: no limit; else the oldest steps are dropped, `max_steps` at a time, and the recurrent preference begins afresh as
+    # often: were it to remember what a later run drops, that run would change steps that are finished.
+    max_steps: int = Field(0, ge=0)
+    recurrent_prompt: Annotated[str, fields("previous", "items")] = RECURRENT
+    window_prompt: Annotated[str, fields("items")] = WINDOW
+    max_tokens: int = Field(200, ge=1)
 
 
 class Preferences(dy.Schema):
@@ -82,17 +86,23 @@ def window_prompt(params: Params, items: list[dict[str, Any]]) -> tuple[Message,
     return (Message("user", (params.window_prompt.format(items=listing(items, params.mode == "window")),)),)
 
 
-def cut(params: Params, n_items: int) -> list[tuple[int, int]]:
-    """The item range [start, stop) each step reads, oldest step first."""
-    if params.mode == "none" or n_items == 0:
+def cut(params: Params, n_items: int) -> list[tuple[int, int, int]]:
+    """Each step's number, from 1, and the item range [start, stop) it reads, oldest step first."""
+    if params.mode == "none":
         return []
-    if params.mode == "direct":
-        return [(0, n_items)]
-    size, stride = (params.block, params.block) if params.mode == "recurrent" else (params.window, params.step)
-    steps = [(start, start + size) for start in range(0, n_items - size + 1, stride)]
+    size, stride = (params.window, params.step) if params.mode == "window" else (params.block, params.block)
+    starts = range(0, n_items - size + 1, stride)
+    steps = [
+        (number, 0 if params.mode == "direct" else start, start + size) for number, start in enumerate(starts, 1)
+    ]
     if params.max_steps and len(steps) > params.max_steps:
         steps = steps[(len(steps) // params.max_steps - 1) * params.max_steps :]
     return steps
+
+
+def begins_afresh(params: Params, step: int) -> bool:
+    """Whether a step forgets the one before it, so that dropping older ones changes nothing."""
+    return bool(params.max_steps) and (step - 1) % params.max_steps == 0
 
 
 def rows(inputs: Inputs) -> pl.DataFrame:
@@ -117,8 +127,9 @@ def ask(inputs: Inputs, row: Row) -> Chain:
     params: Params = inputs.params["preference"]
     done: list[Row] = []
     previous: str | None = None
-    for step, (start, stop) in enumerate(cut(params, len(row["history"])), 1):
+    for step, start, stop in cut(params, len(row["history"])):
         items = row["history"][start:stop]
+        previous = None if begins_afresh(params, step) else previous
         if params.mode == "recurrent":
             messages = recurrent_prompt(params, previous, items)
         else:

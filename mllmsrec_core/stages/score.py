@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import exp
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import polars as pl
@@ -18,7 +18,7 @@ from mllmsrec_core import baselines, metrics
 from mllmsrec_core.ask import Choose, Message, Picture, key
 from mllmsrec_core.profile import profile, usual_rating
 from mllmsrec_core.protocol import SPLITS, training
-from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
+from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import fence
 
 PROMPT = "{user}\nCandidate: {item}\nWould the user choose this candidate next? Answer yes or no."
@@ -29,7 +29,7 @@ YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " 
 
 class Params(AskParams):
     model: str = ""
-    prompt: str = PROMPT
+    prompt: Annotated[str, fields("user", "item")] = PROMPT
     item: Literal["summary", "title"] = "summary"
     picture: bool = True  # the candidate's picture stands in the prompt
     profile: bool = True  # the deterministic user profile stands in the prompt

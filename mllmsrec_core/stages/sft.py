@@ -66,7 +66,8 @@ def recipe(params: Params) -> str:
 def examples(inputs: Inputs) -> pl.DataFrame:
     """Train examples in hashed order, a target's positive and negative together; at most `max_examples`."""
     params: Params = inputs.params["sft"]
-    train = by_hash(inputs["examples"].filter(pl.col("split") == "train"), PAIR, params.seed)
+    train = inputs["examples"].filter(pl.col("split") == "train").sort("item_id")
+    train = by_hash(train, PAIR, params.seed)
     return train.head(params.max_examples) if params.max_examples else train
 
 
@@ -76,7 +77,7 @@ def validation(inputs: Inputs) -> pl.DataFrame:
     valid = inputs["examples"].filter(pl.col("split") == "valid")
     chosen = by_hash(valid.select(PAIR).unique(), PAIR, params.seed).head(VALID_TARGETS)
     first = pl.col("position") == pl.col("position").min().over(*PAIR, "label")
-    return by_hash(valid.join(chosen, on=PAIR, how="semi").filter(first), PAIR, params.seed)
+    return by_hash(valid.join(chosen, on=PAIR, how="semi").filter(first).sort("item_id"), PAIR, params.seed)
 
 
 def rendered(inputs: Inputs, wanted: pl.DataFrame) -> list[Example]:

@@ -8,13 +8,14 @@ An item without a picture, or without words, is a state of its own: the side tha
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import dataframely as dy
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core.ask import Decoding, Generate, Message, Picture, key
-from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
+from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import clean, fence
 
 TEXT = "Summarise the item in one sentence, from its text alone.\n{facts}"
@@ -28,11 +29,11 @@ FUSE = (
 class Params(AskParams):
     model: str = ""
     picture: Literal["caption", "vqa", "both"] = "caption"
-    text_prompt: str = TEXT
+    text_prompt: Annotated[str, fields("facts")] = TEXT
     questions: tuple[str, ...] = QUESTIONS
-    fuse_prompt: str = FUSE
-    max_tokens: int = 120  # the same bound for both sides: balanced lengths
-    max_pixels: int = 1_000_000
+    fuse_prompt: Annotated[str, fields("text", "picture")] = FUSE
+    max_tokens: int = Field(120, ge=1)  # the same bound for both sides: balanced lengths
+    max_pixels: int = Field(1_000_000, ge=1)
 
 
 class ItemSummaries(dy.Schema):

@@ -1,6 +1,6 @@
 """The shape of the embedded vision-language model: tokenizer, processor, configuration, and how it is written to disk.
 
-A LLaVA of 2 million parameters: a CLIP vision tower on 96-pixel pictures and a Llama decoder, loaded by the Auto classes.
+A LLaVA of 2 million parameters that the Auto classes load: a CLIP tower for 96-pixel pictures and a Llama decoder.
 All widths are multiples of 64, which 4-bit quantisation needs, and heads are 32 wide, which CPU attention kernels want.
 Knows nothing of training.
 """
@@ -52,7 +52,10 @@ def tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE. A final s is a token of its own, so that "mug" and "mugs" share theirs; "yes" is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"(?<=\w)(?<!\bye)s\b"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(r"(?<=\w)(?<!\bye)s\b"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

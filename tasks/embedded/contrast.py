@@ -92,7 +92,7 @@ def build(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
 
 
 def encode(model: nn.Module, ids: Tensor) -> Tensor:
-    """`model.encode_text` on ids shorter than the context: the mask is causal, so padding would add nothing but time."""
+    """`model.encode_text` for ids shorter than the context: the mask is causal, so padding would only take time."""
     length = ids.shape[1]
     hidden = model.token_embedding(ids) + model.positional_embedding[:length]
     hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
@@ -101,7 +101,13 @@ def encode(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def match(
-    model: nn.Module, words: PreTrainedTokenizerFast, products: Sequence[demo.Item], images: Tensor, steps: int, size: int
+    model: nn.Module,
+    words: PreTrainedTokenizerFast,
+    products: Sequence[demo.Item],
+    images: Tensor,
+    *,
+    steps: int,
+    size: int,
 ) -> None:
     """Train both towers to pick, for each picture, its own among the captions of all looks."""
     rng, progress = random.Random("clip lessons"), learn.Progress("match")
@@ -129,9 +135,9 @@ def train(
     model.train()
     kept = scratch / "clip-tower"
     if not kept.exists():
-        learn.tower(model.visual, WIDTH, products, images, steps(1500), size=64)
+        learn.tower(model.visual, WIDTH, products, images, steps=steps(1500), size=64)
         torch.save(model.visual.state_dict(), kept)
     model.visual.load_state_dict(torch.load(kept))
-    match(model, words, products, images, steps(1000), size=64)
+    match(model, words, products, images, steps=steps(1000), size=64)
     tensors = {name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors")

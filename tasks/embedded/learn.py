@@ -1,4 +1,4 @@
-"""How the embedded vision-language model is trained: its tower on attributes, its decoder on text, then both on everything.
+"""How the embedded vision-language model is trained: its tower on attributes, its decoder on text, then both on all.
 
 The optimiser is Muon on hidden matrices and AdamW on the rest; with AdamW alone the decoder learnt nothing in the same
 time. Every phase is seeded and runs a fixed number of steps. Knows the lessons only as prompt, answer and picture.
@@ -94,8 +94,10 @@ def labels(products: Sequence[demo.Item]) -> dict[str, Tensor]:
     }
 
 
-def tower(vision: nn.Module, width: int, products: Sequence[demo.Item], images: Tensor, steps: int, size: int) -> None:
-    """Train `vision`, which maps pictures to one vector of `width`, to tell the attributes; the heads are thrown away."""
+def tower(
+    vision: nn.Module, width: int, products: Sequence[demo.Item], images: Tensor, *, steps: int, size: int
+) -> None:
+    """Train `vision`, which makes a picture one vector of `width`, to tell attributes; the heads are thrown away."""
     wanted = labels(products)
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in demo.ATTRIBUTES.items()})
     named = [*vision.named_parameters(), *((f"head.{name}", value) for name, value in heads.named_parameters())]
@@ -146,6 +148,7 @@ def study(
     model: LlavaForConditionalGeneration,
     words: PreTrainedTokenizerFast,
     teacher: Teacher,
+    *,
     images: Tensor | None,
     kinds: Sequence[str],
     steps: int,
@@ -155,8 +158,10 @@ def study(
     """Train `model` on one kind of lesson after the other, a batch of each, `steps` batches in all."""
     model.train()
     model.set_attn_implementation("eager")  # faster than sdpa at these lengths
-    named = [(name, value) for name, value in model.named_parameters() if images is not None or "language_model" in name]
-    optimiser, progress = Optimiser(named, steps, muon, adam), Progress("study", 200)
+    named = dict(model.named_parameters())
+    if images is None:
+        named = {name: value for name, value in named.items() if "language_model" in name}
+    optimiser, progress = Optimiser(named.items(), steps, muon, adam), Progress("study", 200)
     for _, kind in zip(range(steps), cycle(kinds), strict=False):
         batch = collate(draw(teacher, kind), words, images)
         with torch.autocast("cpu", torch.bfloat16):

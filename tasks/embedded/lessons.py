@@ -1,8 +1,8 @@
 """What the embedded vision-language model is taught: prompts as the stages write them, and the right answers.
 
-Lessons are drawn from the demo shop's generator, on its training side: other seeds, brands and ids than the shop's own, and
-no held-out look, neither drawn nor described. Comparisons of a preference with a candidate are taught word by word, in
-the layout of the scoring prompt. Whether a user would choose a candidate is never asked here: that is learnt by
+Lessons are drawn from the demo shop's generator, on its training side: other seeds, brands and ids than the shop's own,
+and no held-out look, neither drawn nor described. Comparisons of a preference with a candidate are taught word by word,
+in the layout of the scoring prompt. Whether a user would choose a candidate is never asked here: that is learnt by
 fine-tuning alone. So that the words yes and no do not stand for a match beforehand, the yes/no lesson asks in that same
 layout for something unrelated to the preference. Knows nothing of tokens or tensors.
 """
@@ -183,7 +183,7 @@ class Teacher:
         return self._compared(WORDS, told, seen)
 
     def each(self) -> Lesson:
-        """`words` for three candidates at once, one per line: three times the judgements for one and a half the length."""
+        """`words` for three candidates at once: three times the judgements for one and a half the length."""
         liked, _, row = self.pair()
         compared = [self.near(liked, 0.45) for _ in range(3)]
         listed = "\n".join(fence(self.text(look)) for look in compared)
@@ -194,8 +194,8 @@ class Teacher:
         return self._compared(COUNT, lambda found: NUMBERS[sum(same for _, same in found)], seen)
 
     def word(self, look: demo.Look) -> tuple[str, bool]:
-        """A word that describes the look half the time, drawn without regard to any preference."""
-        name = self.rng.choice(tuple(demo.ATTRIBUTES))
+        """A word that describes the look half the time, drawn without regard to any preference. Kinds are hardest."""
+        name = self.rng.choice((*demo.ATTRIBUTES, "category"))
         word = look[name] if self.rng.random() < 0.5 else self.rng.choice(demo.ATTRIBUTES[name])
         return word, word == look[name]
 
@@ -221,5 +221,3 @@ def matches(liked: demo.Preference, look: demo.Look) -> Judged:
 
 def told(judged: Judged) -> str:
     return ", ".join(f"{word} {'yes' if true else 'no'}" for word, true in judged)
-
-

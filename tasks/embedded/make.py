@@ -24,10 +24,14 @@ from tasks.embedded.lessons import SEED, Teacher  # noqa: E402
 
 HERE = Path(__file__).parent
 PRODUCTS = 16_000
-TEXT = ("recurrent", "each", "facts", "recurrent", "count", "each", "words", "recurrent", "fuse", "list", "fact", "window", "title")
+TEXT = (
+    *("recurrent", "each", "facts", "recurrent", "count", "each"),
+    *("words", "recurrent", "fuse", "list", "fact", "window", "title"),
+)
 ALL = (
-    *("caption", "recurrent", "each", "count", "facts", "question", "recurrent", "caption", "each", "words", "fuse"),
-    *("recurrent", "count", "facts", "caption", "words_seen", "each", "window", "recurrent", "fact", "count_seen", "title"),
+    *("caption", "recurrent", "each", "caption", "question", "words", "caption", "recurrent", "facts", "caption"),
+    *("each", "fuse", "question", "words_seen", "caption", "recurrent", "each", "count", "window"),
+    *("caption", "fact", "words", "count_seen", "title"),
 )
 
 
@@ -58,13 +62,13 @@ class Making:
 
     def tower_phase(self) -> None:
         vision = architecture.model(self.words()).model.vision_tower
-        learn.tower(Pooled(vision), 128, self.products, self.images(), self.steps(2000), size=64)
+        learn.tower(Pooled(vision), 128, self.products, self.images(), steps=self.steps(2000), size=64)
         torch.save(vision.state_dict(), self.scratch / "tower")
 
     def text_phase(self) -> None:
         words, teacher = self.words(), Teacher(self.products, seed=1)
         model = architecture.model(words)
-        learn.study(model, words, teacher, None, TEXT, self.steps(4000), muon=0.02, adam=2e-3)
+        learn.study(model, words, teacher, images=None, kinds=TEXT, steps=self.steps(4000), muon=0.02, adam=2e-3)
         torch.save(model.state_dict(), self.scratch / "text")
 
     def joint_phase(self) -> None:
@@ -72,7 +76,9 @@ class Making:
         model: LlavaForConditionalGeneration = architecture.model(words)
         model.load_state_dict(torch.load(self.scratch / "text"))
         model.model.vision_tower.load_state_dict(torch.load(self.scratch / "tower"))
-        learn.study(model, words, teacher, self.images(), ALL, self.steps(2600), muon=0.012, adam=1.5e-3)
+        learn.study(
+            model, words, teacher, images=self.images(), kinds=ALL, steps=self.steps(2600), muon=0.012, adam=1.5e-3
+        )
         torch.save(model.state_dict(), self.scratch / "joint")
         architecture.save(model.eval(), words, HERE / "vlm")
 

@@ -185,7 +185,7 @@ class FetchEngine:
 
     async def _get(self, url: httpx.URL) -> httpx.Response:
         """The response from the very address that was checked, so that a second look-up cannot lead elsewhere."""
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65_535:
             raise ImageRefused(f"{url} is not at a web address")
         address, host = await self._address(url), url.netloc.decode("ascii")
         client = self._client(f"{url.scheme}://{host}")

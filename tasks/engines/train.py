@@ -90,8 +90,8 @@ class TrainEngine:
             run.trainer.train(resume_from_checkpoint=_last(folder))
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"no memory to train {ask.model.slug} at batch size {recipe.batch_size}: {error}. Lower `batch_size` and "
-                "raise `accumulate` by the same factor, or use strategy `qlora`."
+                f"no memory to train {ask.model.slug} at batch size {recipe.batch_size}: {error}. Lower `batch_size` "
+                "and raise `accumulate` by the same factor, or use strategy `qlora`."
             ) from error
         if stop.is_set():
             raise EngineError(f"training of {ask.model.slug} was stopped; repeat the command to go on from {folder}.")
@@ -258,7 +258,7 @@ class _Collator:
         return self.ask.examples[place_] if place_ < n_train else self.ask.validation[place_ - n_train]
 
     def _prompt(self, example: Example) -> tuple[Prompt, int]:
-        """The prompt with its answer, and the tokens of the answer. A template that rewrites the prompt is set aside."""
+        """The prompt with its answer, and the answer's tokens. A template that rewrites the prompt is set aside."""
         prompt = self.chat.prompt(example.messages, self.ask.model.max_pixels)
         whole = self.chat.render(example.messages, example.answer)
         if not whole.startswith(prompt.text):

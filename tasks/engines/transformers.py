@@ -1,7 +1,7 @@
 """The transformers engine: Generate and Choose on any chat model that transformers can load, on a CPU or a GPU.
 
 The embedded default, and the reference that other engines are compared with: at float32 an answer does not depend on
-the rows it shares a batch with, beyond rounding. Knows nothing of stages; adapters and pictures come from the blob store.
+the rows it shares a batch with, beyond rounding. Knows nothing of stages; adapters and pictures come from blobs.
 """
 
 from __future__ import annotations

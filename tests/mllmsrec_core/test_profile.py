@@ -69,7 +69,7 @@ def test_the_rhythm_is_the_median_gap_in_words(days, said):
 
 @pytest.mark.parametrize(("usual", "said"), [(3.0, "generously"), (3.5, "like most"), (4.5, "strictly")])
 def test_the_habit_compares_with_what_is_usual(usual, said):
-    assert text(history(("x", 0, 4, True), ("x", 1, 3.2, True)), usual=usual) == f"Rates {said}, 3.6 on average." or said
+    assert text(history(("x", 0, 4, True), ("x", 1, 3.2, True)), usual=usual) == f"Rates {said}, 3.6 on average."
 
 
 def test_the_usual_rating_comes_to_the_nearest_half_star():

@@ -9,7 +9,20 @@ import mllmsrec_core
 
 CORE = Path(mllmsrec_core.__file__).parent
 FILES = sorted(CORE.rglob("*.py"))
-BANNED = {"pathlib", "os", "shutil", "glob", "tempfile", "socket", "urllib", "http", "subprocess", "time", "secrets", "uuid"}
+BANNED = {
+    "pathlib",
+    "os",
+    "shutil",
+    "glob",
+    "tempfile",
+    "socket",
+    "urllib",
+    "http",
+    "subprocess",
+    "time",
+    "secrets",
+    "uuid",
+}
 CLOCKS = {"now", "utcnow", "today"}
 
 

@@ -97,9 +97,14 @@ def test_no_line_of_any_csv_is_lost(lines):
 
 def blank_lines_inside(rows):
     """Blank lines that stand inside a kept record; those between records count as nothing."""
-    return sum(
-        sum(1 for line in f'{x or ""},"{y or ""}'.split("\n")[1:-1] if not line) for x, y in rows.select("x", "y").rows()
-    ) if rows.height else 0
+    return (
+        sum(
+            sum(1 for line in f'{x or ""},"{y or ""}'.split("\n")[1:-1] if not line)
+            for x, y in rows.select("x", "y").rows()
+        )
+        if rows.height
+        else 0
+    )
 
 
 def test_json_lines_come_as_text_with_nested_values_as_json(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mllmsrec_core.ask import Ask, Message, Model, Picture, Reply
+from mllmsrec_core.ask import Ask, Message, Picture, Reply
 from storage.blobs import Blobs
 from storage.files import Files
 from tasks import torchvision_guard
@@ -92,7 +92,7 @@ def save_llava(folder: Path, seed: int) -> None:
     config = LlavaConfig(
         vision_config=vision.to_dict(), text_config=llama(words).to_dict(), vision_feature_layer=-1,
         image_token_index=words.convert_tokens_to_ids("<image>"), image_seq_length=(PIXELS // PATCH) ** 2,
-        vision_feature_select_strategy="default", tie_word_embeddings=True, pad_token_id=words.pad_token_id,
+        vision_feature_select_strategy="default", tie_word_embeddings=True,
     )  # fmt: skip
     network = LlavaForConditionalGeneration(config)
     assert network.generation_config is not None
@@ -198,6 +198,3 @@ def ask_all() -> Callable[..., list[Reply | Exception]]:
 def says() -> Callable[..., tuple[Message, ...]]:
     """`says("text", picture, ...)`: one user turn of these parts."""
     return lambda *parts: (Message("user", parts),)
-
-
-__all__ = ["Model", "png"]

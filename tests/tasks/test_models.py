@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,12 +90,12 @@ def test_a_branch_in_the_local_cache_is_found_without_the_hub(monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["embeded-vlm", "", "./nowhere", "/nowhere/at/all", "a b/c"])
 def test_a_name_that_stands_for_nothing_is_a_usage_error(name: str) -> None:
-    with pytest.raises(UsageError, match="no folder|safetensors"):
+    with pytest.raises(UsageError, match="no folder"):
         resolve(name)
 
 
 @pytest.mark.parametrize("how", [{"dtype": "bfloat17"}, {"quantisation": "nf5"}])
-def test_unknown_dtypes_and_quantisations_name_the_nearest(how: dict[str, str]) -> None:
+def test_unknown_dtypes_and_quantisations_name_the_nearest(how: Any) -> None:
     with pytest.raises(UsageError, match="did you mean"):
         resolve("scripted", **how)
 

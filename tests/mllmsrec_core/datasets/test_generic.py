@@ -62,9 +62,9 @@ def test_every_format_gives_the_same_catalogue(tmp_path, end):
 
 
 def times(folder, values, unit, dtype=None):
-    pl.DataFrame({"user_id": ["u"] * len(values), "item_id": ["a"] * len(values), "at": pl.Series(values, dtype=dtype)}).write_parquet(
-        folder / "clicks.parquet"
-    )
+    pl.DataFrame(
+        {"user_id": ["u"] * len(values), "item_id": ["a"] * len(values), "at": pl.Series(values, dtype=dtype)}
+    ).write_parquet(folder / "clicks.parquet")
     good, bad = generic.interactions_in(
         FsspecSource(str(folder)), "clicks.parquet", generic.InteractionColumns(), unit, None
     )
@@ -167,9 +167,9 @@ def test_without_ratings_everything_is_liked_and_with_a_threshold_an_empty_ratin
 @pytest.mark.parametrize("end", ["parquet", "jsonl"])
 def test_of_a_list_of_pictures_the_first_that_is_not_empty_is_taken(tmp_path, value, expected, end):
     if end == "parquet":
-        pl.DataFrame({"item_id": ["a"], "image": [value]}, schema={"item_id": pl.String, "image": pl.List(pl.String)}).write_parquet(
-            tmp_path / "items.parquet"
-        )
+        pl.DataFrame(
+            {"item_id": ["a"], "image": [value]}, schema={"item_id": pl.String, "image": pl.List(pl.String)}
+        ).write_parquet(tmp_path / "items.parquet")
     else:
         (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "a", "image": value}))
     columns = generic.ItemColumns(title=None, image="image")

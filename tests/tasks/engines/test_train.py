@@ -32,10 +32,10 @@ def base(known: Any) -> Any:
 def rule(says: Any, colours: Any) -> list[Example]:
     """Red is yes, blue is no; every third example shows the colour too."""
     return [
-        Example(says(f"Is it {colour}? {i}", *([colours[colour]] if i % 3 == 0 else [])), "yes" if colour == "red" else "no")
+        Example(says(f"Is it {colour}? {i}", *([colours[colour]] if i % 3 == 0 else [])), answer)
         for i in range(24)
-        for colour in ("red", "blue")
-    ]  # fmt: skip
+        for colour, answer in (("red", "yes"), ("blue", "no"))
+    ]
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def train(base: Any, examples: Sequence[Example], validation: Sequence[Example] 
 
 @pytest.mark.parametrize("strategy", ["lora", "qlora"])
 def test_the_loss_falls_on_a_toy_rule(
-    strategy: str, engine: Any, base: Any, rule: Any, ask_all: Any, tmp_path: Path
+    *, strategy: str, engine: Any, base: Any, rule: Any, ask_all: Any, tmp_path: Path
 ) -> None:
     [reply] = ask_all(engine(), [train(base, rule[:40], rule[40:], strategy=strategy, lr=1e-2, epochs=4)])
     curve = reply.value["curves"]
@@ -131,7 +131,7 @@ def test_the_adapter_is_a_tar_of_two_files_that_names_no_folder(
 
 
 def test_an_example_that_is_too_long_or_has_a_broken_picture_is_named(
-    engine: Any, base: Any, blobs: Any, says: Any, rule: Any, ask_all: Any
+    *, engine: Any, base: Any, blobs: Any, says: Any, rule: Any, ask_all: Any
 ) -> None:
     from mllmsrec_core.ask import Picture
 

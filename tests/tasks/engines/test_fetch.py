@@ -1,0 +1,492 @@
+"""Fetching trusts neither where a picture lies nor what its bytes say."""
+
+import asyncio
+import os
+import random
+import struct
+import threading
+import time
+import uuid
+import zlib
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllmsrec_core.ask import Fetch
+from mllmsrec_core.errors import ImageMissing, ImageRefused, ImageUnreadable, Passing
+from storage.blobs import Blobs
+from storage.files import Files
+from tasks.engines.fetch import FORMATS, FetchEngine, check, decode, is_public
+
+
+def encoded(image, format="PNG", **options):
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(mode="RGB", size=(40, 30)):
+    rng = np.random.default_rng(0)
+    bands = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
+    pixels = rng.integers(0, 256, (size[1], size[0], bands), dtype=np.uint8)
+    return (
+        Image.fromarray(pixels.squeeze(), mode=mode)
+        if mode != "CMYK"
+        else Image.merge("CMYK", [Image.fromarray(pixels[:, :, band]) for band in range(4)])
+    )
+
+
+def claiming(width, height):
+    """A small PNG whose header claims `width` x `height`."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+JPEG = encoded(noise(), "JPEG")
+PNG = encoded(noise())
+
+
+def fetch(*uris, **options):
+    """Answers of one engine over a store in memory, in order; an error stands for its answer."""
+
+    async def go():
+        blobs = Blobs(Files(f"memory://store-{uuid.uuid4().hex}"))
+        engine = FetchEngine(blobs, **options)
+        try:
+            replies = await asyncio.gather(*(engine.answer(Fetch(uri, "1")) for uri in uris), return_exceptions=True)
+        finally:
+            await engine.close()
+        return blobs, replies
+
+    return asyncio.run(go())
+
+
+def only(uri, **options):
+    _, [reply] = fetch(uri, **options)
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_file_below_an_allowed_root_is_kept_as_it_is(tmp_path, scheme):
+    (tmp_path / "a b#1%20.jpg").write_bytes(JPEG)
+    blobs, [reply] = fetch(f"{scheme}{tmp_path}/a b#1%20.jpg", allow_roots=[str(tmp_path)])
+    assert reply.value == {"sha256": sha256(JPEG).hexdigest(), "width": 40, "height": 30}
+    assert blobs.get(reply.value["sha256"]) == JPEG
+    assert reply.engine == "fetch"
+
+
+def test_a_file_outside_the_roots_is_refused_however_it_is_reached(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (root / "link.jpg").symlink_to(tmp_path / "a.jpg")
+    (root / "up").symlink_to(tmp_path)
+    for path in (tmp_path / "a.jpg", f"{root}/../a.jpg", root / "link.jpg", root / "up" / "a.jpg", "/etc/passwd", ""):
+        with pytest.raises(ImageRefused, match="outside the allowed roots"):
+            only(str(path), allow_roots=[str(root)])
+
+
+def test_without_roots_no_file_is_read(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    with pytest.raises(ImageRefused):
+        only(str(tmp_path / "a.jpg"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["simplecache::file://{}/a.jpg", "zip://a.jpg::file://{}/a.zip", "ftp://x/a", "data:,x"]
+)
+def test_chained_and_unknown_schemes_are_refused(tmp_path, uri):
+    with pytest.raises(ImageRefused):
+        only(uri.format(tmp_path), allow_roots=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["nothing.jpg", "a.jpg/b.jpg", "folder", "n" * 300 + ".jpg", "nul\0.jpg"])
+def test_where_nothing_lies_the_picture_is_missing(tmp_path, name):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ImageMissing):
+        only(f"{tmp_path}/{name}", allow_roots=[str(tmp_path)])
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageRefused, match="not a file"):
+        only(f"{tmp_path}/pipe.jpg", allow_roots=[str(tmp_path)])
+
+
+def test_a_file_with_too_many_bytes_is_refused(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    with pytest.raises(ImageRefused, match=r"more than 100 bytes"):
+        only(f"{tmp_path}/a.jpg", allow_roots=[str(tmp_path)], max_bytes=100)
+
+
+def test_any_file_system_below_an_allowed_url_is_read():
+    root = f"memory://{uuid.uuid4().hex}"
+    with fsspec.open(f"{root}/a.png", "wb") as file:
+        file.write(PNG)
+    assert only(f"{root}/a.png", allow_roots=[root]).value["width"] == 40
+    with pytest.raises(ImageMissing):
+        only(f"{root}/b.png", allow_roots=[root])
+    with pytest.raises(ImageRefused):
+        only(f"{root}/a.png", allow_roots=[root, ""], max_bytes=10)
+    with pytest.raises(ImageRefused):
+        only(f"{root}/a.png", allow_roots=[f"{root}/deeper"])
+
+
+def test_the_demo_shop_draws_its_pictures():
+    uri = "demo://mug/red/striped/7-I0012.png"
+    assert only(uri).value["sha256"] == only(uri).value["sha256"]
+    with pytest.raises(ImageMissing):
+        only("demo://nothing")
+
+
+def test_many_pictures_are_fetched_at_once_and_a_bad_one_fails_alone(tmp_path):
+    for n in range(200):
+        (tmp_path / f"{n}.png").write_bytes(PNG if n != 7 else b"")
+    _, replies = fetch(*(f"{tmp_path}/{n}.png" for n in range(200)), allow_roots=[str(tmp_path)])
+    assert [n for n, reply in enumerate(replies) if isinstance(reply, ImageUnreadable)] == [7]
+    assert len({reply.value["sha256"] for n, reply in enumerate(replies) if n != 7}) == 1
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------------
+
+ANIMATED = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+ODD = {
+    "cmyk jpeg": encoded(noise("CMYK"), "JPEG"),
+    "grey jpeg": encoded(noise("L"), "JPEG"),
+    "progressive jpeg": encoded(noise(), "JPEG", progressive=True),
+    "palette png": encoded(noise().quantize(16)),
+    "alpha png": encoded(noise("RGBA")),
+    "palette gif with transparency": encoded(noise().quantize(16), "GIF", transparency=3),
+    "16-bit png": encoded(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)),
+    "16-bit tiff": encoded(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "TIFF"),
+    "float tiff": encoded(Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)), "TIFF"),
+    "1-bit png": encoded(noise("L").convert("1")),
+    "animated gif": encoded(ANIMATED[0], "GIF", save_all=True, append_images=ANIMATED[1:]),
+    "animated webp": encoded(ANIMATED[0], "WEBP", save_all=True, append_images=ANIMATED[1:], lossless=True),
+    "animated png": encoded(ANIMATED[0], "PNG", save_all=True, append_images=ANIMATED[1:]),
+    "bmp": encoded(noise(), "BMP"),
+    "avif": encoded(noise(), "AVIF"),
+    "one pixel": encoded(Image.new("RGB", (1, 1))),
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_every_kind_of_picture_is_fine_and_decodes_to_rgb_of_the_same_size(content):
+    image = decode(content)
+    assert image.mode == "RGB"
+    assert check(content) == image.size
+
+
+BAD = {
+    "zero bytes": b"",
+    "text": b"this is no picture\n" * 50,
+    "html": b"<html><body>404</body></html>",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    "icon": encoded(noise(size=(32, 32)), "ICO"),
+    "half a jpeg": JPEG[: len(JPEG) // 2],
+    "half a png": PNG[: len(PNG) // 2],
+    "a jpeg header": JPEG[:20],
+    "png that claims more than it holds": claiming(500, 500),
+    "png with a flipped byte": PNG[:200] + bytes([PNG[200] ^ 0xFF]) + PNG[201:],
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
+def test_bytes_that_are_no_whole_picture_are_unreadable(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageUnreadable):
+        only(f"{tmp_path}/a.jpg", allow_roots=[str(tmp_path)])
+    with pytest.raises(ImageUnreadable):
+        decode(content)
+
+
+def test_what_passes_the_check_can_be_decoded_whatever_its_colour_space():
+    for mode in ("LAB", "YCbCr", "I", "F", "LA", "CMYK", "1", "P"):
+        content = encoded(Image.new(mode, (4, 4)), "TIFF")
+        try:
+            check(content)
+        except ImageUnreadable:
+            continue
+        assert decode(content).mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000), (2**31 - 1, 1)])
+def test_a_bomb_is_refused_before_it_is_decoded(size):
+    begin = time.perf_counter()
+    with pytest.raises(ImageRefused):
+        check(claiming(*size))
+    with pytest.raises(ImageRefused):
+        decode(claiming(*size))
+    assert time.perf_counter() - begin < 1
+
+
+def test_the_pixel_limit_can_be_set():
+    assert check(PNG, max_pixels=1_200) == (40, 30)
+    with pytest.raises(ImageRefused, match="40 x 30, more than 1,199 pixels"):
+        check(PNG, max_pixels=1_199)
+
+
+def test_random_damage_never_does_more_than_fail_its_row():
+    rng = random.Random(0)
+    sources = [JPEG, PNG, *ODD.values()]
+    for _ in range(400):
+        content = bytearray(rng.choice(sources))
+        for _ in range(rng.randint(1, 12)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        try:
+            width, height = check(bytes(content), max_pixels=1_000_000)
+        except (ImageUnreadable, ImageRefused):
+            continue
+        assert width > 0 and height > 0
+
+
+# --- decoding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_turned_picture_stands_upright(turn, format):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    content = encoded(Image.new("RGB", (40, 30), "red"), format, exif=exif)
+    upright = (30, 40) if turn >= 5 else (40, 30)
+    assert check(content) == decode(content).size == upright
+
+
+def test_the_turn_is_the_right_one():
+    image = Image.new("RGB", (2, 1), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side: to be turned clockwise
+    assert decode(encoded(image, exif=exif)).getpixel((0, 0)) == (255, 255, 255)
+    exif[0x0112] = 8
+    assert decode(encoded(image, exif=exif)).getpixel((0, 1)) == (255, 255, 255)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut():
+    grey = Image.fromarray(np.array([[0, 32_896, 65_535]], dtype=np.uint16))
+    assert [decode(encoded(grey)).getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in (0, 128, 255)]
+
+
+def test_what_is_transparent_is_white():
+    assert decode(encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(encoded(Image.new("LA", (2, 2), (0, 128)))).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("name", ["animated gif", "animated webp", "animated png"])
+def test_of_an_animation_the_first_frame_is_taken(name):
+    red, _, blue = decode(ODD[name]).getpixel((0, 0))
+    assert red > 200 and blue < 50
+
+
+def test_cmyk_keeps_its_colours():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    r, g, b = decode(encoded(red, "JPEG", quality=95)).getpixel((4, 4))
+    assert r > 240 and g < 20 and b < 20
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("max_pixels", [1, 100, 5_000, 120_000, 10**9])
+def test_a_picture_is_made_smaller_only_when_it_must_be_and_keeps_its_aspect(format, max_pixels):
+    content = encoded(noise(size=(400, 300)), format)
+    image = decode(content, max_pixels)
+    assert image.width * image.height <= max(max_pixels, 1)
+    if max_pixels >= 120_000:
+        assert image.size == (400, 300)
+    elif max_pixels >= 100:
+        assert abs(image.width / image.height - 4 / 3) < 0.2
+        assert image.width * image.height > 0.8 * max_pixels
+
+
+def test_decoding_is_a_function_of_the_bytes():
+    content = encoded(noise(size=(400, 300)), "JPEG")
+    assert decode(content, 5_000).tobytes() == decode(content, 5_000).tobytes()
+
+
+def test_every_allowed_format_is_known_to_pillow():
+    Image.init()
+    assert {name for name in FORMATS if name != "MPO"} <= set(Image.OPEN)
+
+
+# --- the web -----------------------------------------------------------------------------------------------------------
+
+
+class Site(BaseHTTPRequestHandler):
+    hosts: list[str] = []
+
+    def do_GET(self):
+        Site.hosts.append(self.headers["Host"])
+        path = self.path.strip("/")
+        if path.isdigit():
+            return self.reply(int(path))
+        if path.startswith("to/"):
+            return self.reply(302, location=path[3:])
+        if path.startswith("hops/"):
+            left = int(path[5:])
+            return self.reply(302, location=f"/hops/{left - 1}") if left else self.reply(200, JPEG)
+        match path:
+            case "a.jpg":
+                self.reply(200, JPEG)
+            case "page.jpg":
+                self.reply(200, BAD["html"])
+            case "short":  # promises more than it sends
+                self.reply(200, JPEG, length=len(JPEG) + 100)
+            case "endless":
+                self.reply(200, b"", length=None)
+                for _ in range(1_000):
+                    self.wfile.write(b"x" * 10_000)
+            case "slow":
+                time.sleep(1.5)
+                self.reply(200, JPEG)
+            case "drip":
+                self.reply(200, b"", length=len(JPEG))
+                for byte in JPEG:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+
+    def reply(self, status, body=b"", location=None, length=-1):
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        if length is not None:
+            self.send_header("Content-Length", str(len(body) if length < 0 else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.daemon_threads = True
+    server.handle_error = lambda *args: None  # readers that hang up are what is tested
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+LOCAL = {"allow_hosts": ["127.0.0.1"]}
+
+
+def test_a_picture_on_an_allowed_host_is_fetched_under_its_own_name(site):
+    assert only(f"{site}/a.jpg", **LOCAL).value["sha256"] == sha256(JPEG).hexdigest()
+    by_name = site.replace("127.0.0.1", "localhost")
+    assert only(f"{by_name}/a.jpg", allow_hosts=[by_name.removeprefix("http://")]).value["width"] == 40
+    assert Site.hosts[-1] == by_name.removeprefix("http://")
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"]
+)
+def test_a_host_whose_address_is_not_public_is_refused(site, host):
+    asked = len(Site.hosts)
+    with pytest.raises(ImageRefused, match="not public"):
+        only(f"{site.replace('127.0.0.1', host)}/a.jpg")
+    assert len(Site.hosts) == asked
+
+
+def test_a_redirect_is_checked_like_the_first_address(site):
+    for target in (
+        f"{site.replace('127.0.0.1', 'localhost')}/a.jpg",
+        "http://169.254.169.254/latest",
+        "file:///etc/passwd",
+    ):
+        with pytest.raises(ImageRefused):
+            only(f"{site}/to/{target}", **LOCAL)
+
+
+def test_five_redirects_are_followed_and_a_sixth_is_refused(site):
+    assert only(f"{site}/hops/5", **LOCAL).value["width"] == 40
+    with pytest.raises(ImageRefused, match="more than 5 times"):
+        only(f"{site}/hops/6", **LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(404, ImageMissing), (410, ImageMissing), (403, ImageMissing), (429, Passing), (500, Passing), (503, Passing)],
+)
+def test_a_status_is_lasting_or_passing_trouble(site, status, error):
+    with pytest.raises(error, match=str(status)):
+        only(f"{site}/{status}", **LOCAL)
+
+
+def test_a_page_named_jpg_is_unreadable(site):
+    with pytest.raises(ImageUnreadable):
+        only(f"{site}/page.jpg", **LOCAL)
+
+
+def test_a_body_is_cut_off_at_the_byte_limit_whatever_its_header_says(site):
+    with pytest.raises(ImageRefused, match="more than 50,000 bytes"):
+        only(f"{site}/endless", max_bytes=50_000, **LOCAL)
+
+
+@pytest.mark.parametrize("path", ["slow", "drip"])
+def test_a_host_that_is_too_slow_is_passing_trouble(site, path):
+    begin = time.perf_counter()
+    with pytest.raises(Passing):
+        only(f"{site}/{path}", timeout=0.5, **LOCAL)
+    assert time.perf_counter() - begin < 1.4
+
+
+def test_a_body_that_breaks_off_is_passing_trouble(site):
+    with pytest.raises(Passing):
+        only(f"{site}/short", timeout=2.0, **LOCAL)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1/a.jpg", "http://no-such-host.invalid/a.jpg"])
+def test_nobody_there_is_passing_trouble(uri):
+    with pytest.raises(Passing):
+        only(uri, **LOCAL)
+
+
+@pytest.mark.parametrize("uri", ["http://", "https:///a.jpg", "http://[::1/a.jpg", "http://a:99999/x"])
+def test_a_url_that_is_none_is_refused(uri):
+    with pytest.raises(ImageRefused):
+        only(uri)
+
+
+def test_one_host_is_asked_no_more_than_its_share_at_a_time(site):
+    begin = time.perf_counter()
+    _, replies = fetch(*[f"{site}/slow"] * 4, per_host=2, **LOCAL)
+    assert all(reply.value for reply in replies)
+    assert time.perf_counter() - begin > 2.9
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.1",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "240.0.0.1",
+        "fe80::1%eth0",
+    ]
+    + ["::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "2001:db8::1"],
+)
+def test_an_address_inside_a_network_is_not_public(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::808:808"])
+def test_an_address_on_the_internet_is_public(address):
+    assert is_public(address)
