@@ -3,7 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-PACKAGES := mllmsrec_core storage tasks flows
 
 # Everything a run writes for Prefect stays in the checkout, and nothing reports home.
 export PREFECT_HOME := $(CURDIR)/.prefect
@@ -27,7 +26,7 @@ demo: .venv/.installed ## the whole pipeline on the built-in shop, on a CPU, wit
 
 test: export HF_HUB_OFFLINE := 1
 test: .venv/.installed-dev ## every test, with coverage of the core and the store
-	$(BIN)/python -m pytest --cov=mllmsrec_core --cov=storage --cov-fail-under=90
+	$(BIN)/python -m pytest --cov=mllmsrec_core --cov=storage --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 check: .venv/.installed-dev ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -74,11 +74,11 @@ def expected(place: Lists, gain: Floats, k: int) -> Floats:
 
 
 def list_metrics(place: Lists, ks: Sequence[int] = KS) -> dict[tuple[str, int], Floats]:
-    """(metric, k) -> one value per list: HR, Recall, NDCG and MRR at each k; AUC under k = 0, NaN without negatives."""
+    """(metric, k) -> one value per list: HR, NDCG and MRR at each k; AUC under k = 0, NaN without negatives."""
     ranks = np.arange(1, max(ks) + 1)
     values: dict[tuple[str, int], Floats] = {}
     for k in ks:
-        values["hr", k] = values["recall", k] = expected(place, np.ones(len(ranks)), k)
+        values["hr", k] = expected(place, np.ones(len(ranks)), k)
         values["ndcg", k] = expected(place, 1 / np.log2(1 + ranks), k)
         values["mrr", k] = expected(place, 1 / ranks, k)
     with np.errstate(invalid="ignore"):
@@ -112,22 +112,21 @@ def interval(draws: Floats) -> tuple[Floats, Floats]:
     return bounds[0], bounds[1]
 
 
-def by_user(users: NDArray[np.int64], values: Floats) -> tuple[Floats, Floats]:
-    """Sums and counts of the non-NaN `values` (lists x columns) per user."""
-    known = ~np.isnan(values)
-    n_users = int(users.max(initial=-1)) + 1
-    sums, counts = np.zeros((n_users, values.shape[1])), np.zeros((n_users, values.shape[1]))
-    np.add.at(sums, users, np.where(known, values, 0.0))
-    np.add.at(counts, users, known.astype(float))
-    return sums, counts
+def by_user(users: NDArray[np.int64], values: NDArray) -> Floats:
+    """Sums of the rows of `values` (rows x columns) per user; `users` ascend from 0 without gaps."""
+    starts = np.flatnonzero(np.diff(users, prepend=-1))
+    return np.add.reduceat(values.astype(np.float64), starts, axis=0)
 
 
 def bootstrap(users: NDArray[np.int64], values: Floats, n: int, seed: int) -> tuple[Floats, Floats, Floats]:
-    """Mean over lists of each column, with interval bounds from `n` resamples of whole users."""
-    sums, counts = by_user(users, values)
+    """Mean of each column over its non-NaN rows, with interval bounds from `n` resamples of whole users."""
+    known = ~np.isnan(values)
+    _, patterns, place = np.unique(np.packbits(known, axis=0), axis=1, return_index=True, return_inverse=True)
+    sums, counts = by_user(users, np.where(known, values, 0.0)), by_user(users, known[:, patterns])
+    place = place.ravel()  # many columns share their gaps, so their counts are resampled once
     with np.errstate(invalid="ignore"):
-        mean = sums.sum(axis=0) / counts.sum(axis=0)
-        draws = [(weights @ sums) / (weights @ counts) for weights in resamples(len(sums), n, seed)]
+        mean = sums.sum(axis=0) / counts.sum(axis=0)[place]
+        draws = [(weights @ sums) / (weights @ counts)[:, place] for weights in resamples(len(sums), n, seed)]
     return mean, *interval(np.concatenate(draws))
 
 
@@ -140,22 +139,19 @@ def pooled_terms(users: NDArray[np.int64], labels: NDArray[np.bool_], scores: Fl
     ranks, wins = rankdata(scores), np.zeros(len(scores))
     wins[labels] = ranks[labels] - rankdata(scores[labels])  # negatives below, ties half
     wins[~labels] = labels.sum() - (ranks[~labels] - rankdata(scores[~labels]))
-    columns = np.column_stack([labels, ~labels, wins]).astype(float)
-    terms = np.zeros((int(users.max(initial=-1)) + 1, 3))
-    np.add.at(terms, users, columns)
-    return terms
+    return by_user(users, np.column_stack([labels, ~labels, wins]))
 
 
-def pooled_interval(terms: Floats, n: int, seed: int) -> tuple[float, float]:
-    """Interval of the pooled AUC from `n` resamples of users; `terms` as `pooled_terms` gives them."""
-    wins = terms[:, 2].sum() / 2
-    draws = []
-    for weights in resamples(len(terms), n, seed):
-        positives, negatives, linear = (weights @ terms).T
+def pooled_intervals(terms: Sequence[Floats], n: int, seed: int) -> list[tuple[float, float]]:
+    """For each scorer's `pooled_terms`, the interval of its pooled AUC from the same `n` resamples of users."""
+    stacked, draws = np.hstack(terms), []
+    wins = stacked[:, 2::3].sum(axis=0) / 2
+    for weights in resamples(len(stacked), n, seed):
+        totals = weights @ stacked
         with np.errstate(invalid="ignore"):
-            draws.append((linear - wins) / (positives * negatives))
-    low, high = interval(np.concatenate(draws)[:, None])
-    return float(np.clip(low[0], 0, 1)), float(np.clip(high[0], 0, 1))
+            draws.append((totals[:, 2::3] - wins) / (totals[:, 0::3] * totals[:, 1::3]))
+    low, high = interval(np.concatenate(draws))
+    return list(zip(low.clip(0, 1).tolist(), high.clip(0, 1).tolist(), strict=True))
 
 
 def user_codes(keys: pl.Series) -> NDArray[np.int64]:
@@ -181,22 +177,29 @@ def evaluate(
     """
     if candidates.is_empty():
         return pl.DataFrame(schema=METRICS)
-    keys = candidates.select(LIST).unique().sort(LIST)
+    candidates = candidates.sort(LIST)
+    keys = candidates.select(LIST).unique(maintain_order=True)
     users = user_codes(keys["user_id"])
     masks = {"all": np.ones(len(keys), bool), **(slices or {})}
     masks = {name: mask for name, mask in masks.items() if mask.any()}
-    found: list[dict[str, object]] = []
-    for scorer in scorers:
-        place = lists(candidates, scorer)
-        values = list_metrics(place, ks)
-        columns = np.column_stack(list(values.values()))
-        stacked = np.hstack([np.where(mask[:, None], columns, np.nan) for mask in masks.values()])
-        mean, low, high = bootstrap(users, stacked, n, seed)
-        names = [(name, metric, k) for name in masks for metric, k in values]
-        for (name, metric, k), *figures in zip(names, mean, low, high, strict=True):
-            found.append({"slice": name, **_row(scorer, metric, k, *figures), **_about(place, users, masks[name])})
-        found.append({"slice": "all", **_pooled(candidates, scorer, n, seed), **_about(place, users, masks["all"])})
-    return pl.DataFrame(found, schema=METRICS)
+    places = {scorer: lists(candidates, scorer) for scorer in scorers}
+    columns = {
+        (scorer, name, metric, k): np.where(mask, values, np.nan)
+        for scorer, place in places.items()
+        for (metric, k), values in list_metrics(place, ks).items()
+        for name, mask in masks.items()
+    }
+    figures = zip(*bootstrap(users, np.column_stack(list(columns.values())), n, seed), strict=True)
+    found = dict(zip(columns, figures, strict=True)) | {
+        (scorer, "all", "auc_pooled", 0): figure for scorer, figure in _pooled(candidates, scorers, n, seed).items()
+    }
+    rows = [
+        {"slice": name, **_row(scorer, metric, k, *figure), **_about(places[scorer], users, masks[name])}
+        for (scorer, name, metric, k), figure in found.items()
+    ]
+    table = pl.DataFrame(rows, schema=METRICS)
+    same = table.filter(pl.col("metric") == "hr").with_columns(metric=pl.lit("recall"))  # one positive per list
+    return pl.concat([table, same])
 
 
 METRICS = {
@@ -227,11 +230,12 @@ def _about(place: Lists, users: NDArray[np.int64], mask: NDArray[np.bool_]) -> d
     }
 
 
-def _pooled(candidates: pl.DataFrame, scorer: str, n: int, seed: int) -> dict[str, object]:
-    labels = candidates["label"].to_numpy()
-    scores = candidates.select(strength(pl.col(scorer)))[scorer].to_numpy()
-    terms = pooled_terms(user_codes(candidates["user_id"]), labels, scores)
-    return _row(scorer, "auc_pooled", 0, pooled_auc(labels, scores), *pooled_interval(terms, n, seed))
+def _pooled(candidates: pl.DataFrame, scorers: Sequence[str], n: int, seed: int) -> dict[str, tuple[float, ...]]:
+    labels, users = candidates["label"].to_numpy(), user_codes(candidates["user_id"])
+    scores = {name: candidates.select(strength(pl.col(name)))[name].to_numpy() for name in scorers}
+    terms = [pooled_terms(users, labels, of) for of in scores.values()]
+    bounds = pooled_intervals(terms, n, seed)
+    return {name: (pooled_auc(labels, of), *bound) for (name, of), bound in zip(scores.items(), bounds, strict=True)}
 
 
 def paired(
@@ -248,7 +252,7 @@ def paired(
     ours, theirs = (list_metrics(lists(candidates, name), ks) for name in (scorer, other))
     difference = np.column_stack([ours[name] - theirs[name] for name in ours])
     mean, low, high = bootstrap(users, difference, n, seed)
-    sums, counts = by_user(users, difference)
+    sums, counts = by_user(users, np.nan_to_num(difference)), by_user(users, ~np.isnan(difference))
     rows = []
     for column, (metric, k) in enumerate(ours):
         each = (sums[:, column] / np.maximum(counts[:, column], 1))[counts[:, column] > 0]

@@ -74,6 +74,7 @@ def targets(
 
     leave-last   test is the last liked item, valid the one before, train what is earlier
     global-time  test is everything liked on or after `test_from`, valid from `valid_from` on, train what is earlier
+                 or has no time
 
     Every target is new to the user, in the catalogue, and has a liked item before it; a train target has `min_history`
     of them, and a user at most `train_per_user`, the most recent. `history_seq` is the newest interaction before the
@@ -115,7 +116,8 @@ def training(interactions: pl.DataFrame, held: pl.DataFrame, before: date | None
     kept = interactions.join(first, on="user_id", how="left", maintain_order="left").filter(
         pl.col("first").is_null() | (pl.col("seq") < pl.col("first"))
     )
-    return kept.drop("first").filter(pl.lit(True) if before is None else pl.col("at").dt.date() < before)
+    early = pl.lit(True) if before is None else (pl.col("at").dt.date() < before).fill_null(True)
+    return kept.drop("first").filter(early)
 
 
 def liked_counts(items: pl.Series, interactions: pl.DataFrame) -> NDArray[np.int64]:
@@ -208,7 +210,9 @@ def candidates(
 def by_hash(frame: pl.DataFrame, on: tuple[str, ...], seed: int = 0) -> pl.DataFrame:
     """`frame` sorted by a hash of its key columns `on` (text or whole numbers): a shuffle any row order repeats."""
     parts = [hashes(frame[c]) if frame[c].dtype == pl.String else frame[c].to_numpy() for c in on]
-    return frame.with_columns(pl.Series("_hash", mix(seed, *parts))).sort("_hash", *on, maintain_order=True).drop("_hash")
+    return (
+        frame.with_columns(pl.Series("_hash", mix(seed, *parts))).sort("_hash", *on, maintain_order=True).drop("_hash")
+    )
 
 
 def sample(users: Iterable[str], n: int, seed: int = 0) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 import polars as pl
+import pyarrow
 import pyarrow.dataset
 from fsspec.core import split_protocol
 
@@ -70,11 +71,10 @@ class FsspecSource:
         for uri in uris:
             if not uri.startswith(("demo://", "http://", "https://")):
                 folders[uri.rpartition("/")[0]].add(uri)
-        known = {"demo": "1"}
         found: dict[str, str] = {}
         for folder, members in sorted(folders.items()):
             found |= self._listed(folder, members)
-        return [found.get(uri) or known.get(uri.partition("://")[0], UNKNOWN) for uri in uris]
+        return [found.get(uri, "1" if uri.startswith("demo://") else UNKNOWN) for uri in uris]
 
     def _listed(self, folder: str, members: set[str]) -> dict[str, str]:
         try:
@@ -96,30 +96,27 @@ class FsspecSource:
         extension = os.path.splitext(plain)[1].lower()
         if extension == ".parquet" or self.files.fs.isdir(self.files.path(name)):
             frame = self._parquet(name)
-            return _wanted(frame, columns, frame.columns, self._where(name)), pl.DataFrame(schema=REJECTS)
+            return _wanted(frame, columns, frame.columns, self.uri(name)), pl.DataFrame(schema=REJECTS)
         content = self._read(name)
         if extension in DELIMITERS:
-            frame, broken = _delimited(content, DELIMITERS[extension], self._where(name))
+            frame, broken = _delimited(content, DELIMITERS[extension], self.uri(name))
             known: Iterable[str] = frame.columns
         elif extension in JSON_LINES:
             frame, broken, known = _json_lines(content, set(columns.values()) if columns else None)
         else:
             raise SourceError(
-                f"cannot tell the format of {self._where(name)}: name it .parquet, "
+                f"cannot tell the format of {self.uri(name)}: name it .parquet, "
                 f"{', '.join((*DELIMITERS, *JSON_LINES))}, or one of these with {', '.join(COMPRESSED)}"
             )
         rejects = pl.DataFrame([(name, line, reason) for line, reason in broken], schema=REJECTS, orient="row")
-        return _wanted(frame, columns, known, self._where(name)), rejects
-
-    def _where(self, name: str) -> str:
-        return self.uri(name)
+        return _wanted(frame, columns, known, self.uri(name)), rejects
 
     def _missing(self, name: str) -> SourceError:
         known = self.names()
         if not known:
-            return SourceError(f"there is no {self._where(name)}, nor anything else in {self.url}; check the path")
+            return SourceError(f"there is no {self.uri(name)}, nor anything else in {self.url}; check the path")
         hint = nearest(name, known)
-        return SourceError(f"there is no {self._where(name)}; {hint if len(hint) < 500 else 'check the file name'}")
+        return SourceError(f"there is no {self.uri(name)}; {hint if len(hint) < 500 else 'check the file name'}")
 
     def _read(self, name: str) -> bytes:
         try:
@@ -128,9 +125,9 @@ class FsspecSource:
         except FileNotFoundError as error:
             raise self._missing(name) from error
         except (OSError, EOFError, ValueError) as error:
-            raise SourceError(f"cannot read {self._where(name)}: {error}; export or download it again") from error
+            raise SourceError(f"cannot read {self.uri(name)}: {error}; export or download it again") from error
         if not content.strip():
-            raise SourceError(f"{self._where(name)} is empty; export or download it again")
+            raise SourceError(f"{self.uri(name)} is empty; export or download it again")
         return content
 
     def _parquet(self, name: str) -> pl.DataFrame:
@@ -141,14 +138,14 @@ class FsspecSource:
         whole = name if self.files.fs.isdir(path) else ""
         parts = [self.files.path(part) for part in self.names(whole) if part.endswith(".parquet")] if whole else [path]
         if not parts:
-            raise SourceError(f"{self._where(name)} holds no .parquet file; check the path")
+            raise SourceError(f"{self.uri(name)} holds no .parquet file; check the path")
         try:
             found = pyarrow.dataset.dataset(
                 parts, filesystem=self.files.fs, format="parquet", partitioning="hive", partition_base_dir=path
             )
             frame = pl.from_arrow(found.to_table())
-        except (OSError, ValueError) as error:
-            raise SourceError(f"cannot read {self._where(name)} as Parquet: {error}; export it again") from error
+        except (OSError, pyarrow.ArrowException) as error:
+            raise SourceError(f"cannot read {self.uri(name)} as Parquet: {error}; export it again") from error
         assert isinstance(frame, pl.DataFrame)
         return frame.with_columns(line=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32))
 

@@ -1,4 +1,4 @@
-"""The report's charts as static SVG: no script, no network, text in the page's own colour so that light and dark both work.
+"""The report's charts as static SVG: no script, no network, text in the page's own colour, be it light or dark.
 
 Each function takes plain rows and returns safe markup. Knows nothing of tables, stages or stores.
 """
@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 Rows = Sequence[dict[str, Any]]
 
-# Told apart by every common kind of colour blindness (Okabe and Ito), and mid-tone: readable on white and on near-black.
+# Told apart by every common kind of colour blindness (Okabe and Ito), and mid-tone: readable on white and on black.
 BLUE, ORANGE, GREEN, RED, GREY = "#3a86c8", "#d98a16", "#2f9e78", "#cf5b2e", "#8b929c"
 VERDICTS = {"grounded": BLUE, "unsupported": RED, "not_visual": GREY}
 INK = "currentColor"

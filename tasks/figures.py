@@ -20,7 +20,7 @@ from tasks.shown import Shown
 
 SCORERS = {"model": "model", "itemknn": "ItemKNN", "popularity": "popularity", "random": "random"}  # in this order
 NAMES = {"hr": "HR", "ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "auc_pooled": "AUC, pooled", "recall": "Recall"}
-# Recall equals HR with one positive in a list, and at 1 so do NDCG and MRR; what else there is stays in the table `metrics`.
+# Recall equals HR with one positive in a list, and at 1 so do NDCG and MRR; the table `metrics` holds the rest.
 SHOWN = (
     ("auc", 0), ("auc_pooled", 0), ("hr", 1), ("hr", 5), ("hr", 10), ("ndcg", 5), ("ndcg", 10), ("mrr", 10),
 )  # fmt: skip
@@ -205,7 +205,7 @@ def _against(model: dict[str, Any], name: str, other: dict[str, Any]) -> str:
     return f"Its interval overlaps that of {name}, {figures}: this run does not settle which is better."
 
 
-# --- training -----------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,9 @@ def training(shown: Shown) -> list[Training] | None:
         return None
     return [
         Training(
-            *(row[name] for name in ("name", "strategy", "base_model", "n_examples")),
-            json.loads(row["recipe"]),
-            row["sha256"],
-            row["error"],
-            tuple(_curve_charts(json.loads(row["curves"] or "[]"))),
+            recipe=json.loads(row["recipe"]),
+            charts=tuple(_curve_charts(json.loads(row["curves"] or "[]"))),
+            **{name: row[name] for name in ("name", "strategy", "base_model", "n_examples", "sha256", "error")},
         )
         for row in table.iter_rows(named=True)
     ]
@@ -252,7 +250,7 @@ def _curve_charts(curve: list[dict[str, Any]]) -> list[Markup]:
     return [charts.lines(part, title) for part, title in titled if part]
 
 
-# --- calibration --------------------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -313,7 +311,7 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (centre - reach) / (1 + z * z / n)), min(1.0, (centre + reach) / (1 + z * z / n))
 
 
-# --- audit --------------------------------------------------------------------------------------------------------------
+# --- audit ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -364,7 +362,8 @@ def _verdict_row(rows: pl.DataFrame, subject: str) -> VerdictRow:
     judged = counts["grounded"] + counts["unsupported"]
     share = counts["unsupported"] / judged if judged else None
     reach = wilson(share, judged) if share is not None else (None, None)
-    return VerdictRow(subject, len(rows), *counts.values(), int(verdict.is_null().sum()), Interval(share, *reach))
+    unjudged = int(verdict.is_null().sum())
+    return VerdictRow(subject, len(rows), **counts, unjudged=unjudged, share=Interval(share, *reach))
 
 
 def _histogram(

@@ -1,7 +1,7 @@
 """The report of an environment: one HTML file that holds everything it shows and fetches nothing.
 
 A pure function of what the environment's tables say, so writing it again changes nothing. Titles and model answers are
-untrusted and always escaped. Works while stages are missing: each section then says which command fills it. Asks nothing.
+untrusted and always escaped. Works while stages are missing: their sections say which command fills them. Asks nothing.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def page() -> jinja2.Template:
     return environment.from_string(text)
 
 
-# --- numbers as text ----------------------------------------------------------------------------------------------------
+# --- numbers as text ------------------------------------------------------------------------------------------------
 
 
 def count(number: float | None) -> str:
@@ -118,7 +118,7 @@ def ticks(text: str) -> Markup:
     return Markup(_TICKS.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped before
 
 
-# --- what stands at the top ---------------------------------------------------------------------------------------------
+# --- what stands at the top -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ def notices(shown: Shown) -> list[str]:
     found = []
     if "scripted" in names:
         found.append(
-            "Dry run: the model `scripted` gives made-up answers, drawn by hash from each question. Texts and figures below "
-            "show that the pipeline works and say nothing about any model or dataset."
+            "Dry run: the model `scripted` gives made-up answers, drawn by hash from each question. Texts and figures "
+            "below show that the pipeline works and say nothing about any model or dataset."
         )
     if toys and name not in (None, "demo"):
         found.append(
-            f"The embedded models ({', '.join(toys)}) have only ever seen the built-in shop's drawings, and this dataset is "
-            f"`{name}`: expect poor captions and everything after them to be poor. Give a real model with --set model=…"
+            f"The embedded models ({', '.join(toys)}) have only ever seen the built-in shop's drawings; this dataset "
+            f"is `{name}`: captions will be poor, and so will all that rests on them. Give a real model: --set model=…"
         )
     if sample := dataset(shown).sample:
         found.append(f"A sample of {sample:,} users drawn by hash, not the whole dataset.")
@@ -198,7 +198,7 @@ def notices(shown: Shown) -> list[str]:
     return found
 
 
-# --- the funnel ---------------------------------------------------------------------------------------------------------
+# --- the funnel -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,6 @@ class FunnelRow:
     tokens_in: int
     tokens_out: int
     seconds: float
-    at: str
 
 
 def funnel(shown: Shown) -> list[FunnelRow]:
@@ -223,8 +222,8 @@ def funnel(shown: Shown) -> list[FunnelRow]:
         record = shown.stages[stage]
         counts = record["counts"]
         tables = tuple((name, pointer["rows"]) for name, pointer in record["tables"].items())
-        names = ("rows", "asked", "known", "failed", "tokens_in", "tokens_out")
-        rows.append(FunnelRow(stage, tables, *(counts[name] for name in names), record["seconds"], record["at"]))
+        spent = {name: counts[name] for name in ("asked", "known", "failed", "tokens_in", "tokens_out")}
+        rows.append(FunnelRow(stage, tables, counts["rows"], seconds=record["seconds"], **spent))
     return rows
 
 
@@ -267,7 +266,7 @@ def failures(shown: Shown) -> list[Failure]:
     ]
 
 
-# --- what stands at the foot --------------------------------------------------------------------------------------------
+# --- what stands at the foot ----------------------------------------------------------------------------------------
 
 
 def parameters(shown: Shown) -> str:

@@ -1,8 +1,8 @@
 """From a score, a user or an item to every question behind it, with the literal text of each and its answer.
 
-`trace` builds a tree of what was read from what; `text` writes it out, with questions and answers as the store holds them.
-Only the last question of a summary is named in its table; the ones before are found by walking the stage's own chain over
-stored answers. Asks nothing. Shows what untrusted titles and models said with control characters taken out.
+`trace` builds a tree of what was read from what; `text` writes it out, with questions and answers as stored.
+Only the last question of a summary is named in its table; the ones before are found by walking the stage's own chain
+over stored answers. Asks nothing. Shows what untrusted titles and models said with control characters taken out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INDENT = "  "
 
 @dataclass(frozen=True)
 class Link:
-    """One thing that was read or written: what it is, facts about it, the questions asked for it, what it was made of."""
+    """Something read or written: what it is, facts about it, the questions asked for it, what it was made of."""
 
     heading: str
     facts: tuple[str, ...] = ()
@@ -43,8 +43,8 @@ class Link:
 def why(work: Work, env: str, item: str | None = None, user: str | None = None) -> list[str]:
     """Lines of text, from the top of the chain down. Raises UsageError for ids the environment does not know.
 
-    `item` alone gives the item's chain, `user` alone the preference steps and top recommendations, both the scores of the
-    one for the other and everything they rest on.
+    `item` alone gives the item's chain, `user` alone the preference steps and top recommendations, both the scores of
+    the one for the other and everything they rest on.
     """
     return text(work.store, trace(work.store, env, item, user))
 
@@ -215,14 +215,12 @@ class Chains:
 
     def one_score(self, row: dict[str, Any], mine: pl.DataFrame) -> Link:
         same = (pl.col("split") == row["split"]) & (pl.col("target_seq") == row["target_seq"])
-        example = first(
-            self.rows("examples", "user_id", row["user_id"]).filter(same, pl.col("item_id") == row["item_id"])
-            if self.shown.table("examples") is not None
-            else pl.DataFrame()
-        )
+        n = len(mine.filter(same))
+        examples = self.rows("examples", "user_id", row["user_id"])
+        example = first(examples.filter(same, pl.col("item_id") == row["item_id"]) if len(examples) else examples)
         step = example.get("step")
         facts = [
-            f"{row['split']} list of the choice at seq {row['target_seq']}: rank {row['rank']:g} of {len(mine.filter(same))}",
+            f"{row['split']} list of the choice at seq {row['target_seq']}: rank {row['rank']:g} of {n}",
             "it is the held-out choice" if row["label"] else "it is a negative, not the user's choice",
             _probabilities(row),
         ]
@@ -272,11 +270,11 @@ def _probabilities(row: dict[str, Any]) -> str:
     return ", ".join(f"{label} {row[name]:.4f}" for label, name in named if row[name] is not None) or "no probability"
 
 
-# --- writing it out -----------------------------------------------------------------------------------------------------
+# --- writing it out -------------------------------------------------------------------------------------------------
 
 
 def text(store: Store, links: Iterable[Link]) -> list[str]:
-    """The tree as indented lines; every question is looked up in one pass, and written in full where it first stands."""
+    """The tree as indented lines; questions are looked up in one pass, and written in full where they first stand."""
     links = list(links)
     questions = stored(store, {name for link in links for name in _asked(link)})
     written: set[bytes] = set()
@@ -284,7 +282,7 @@ def text(store: Store, links: Iterable[Link]) -> list[str]:
 
 
 def stored(store: Store, keys: set[bytes]) -> dict[bytes, dict[str, Any]]:
-    """The rendered Asks behind `keys`; reads each part once, where `Replies.question` reads all of them for each key."""
+    """The rendered Asks behind `keys`; reads each part once for all of them."""
     found: dict[bytes, dict[str, Any]] = {}
     for name in store.files.names("asks", ".parquet"):
         part = pl.read_parquet(io.BytesIO(store.files.read(name)))

@@ -67,7 +67,7 @@ def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFr
     frame = frame.with_columns(**{ours: value for ours, value in missing.items() if ours not in mapped})
     attributes = [pl.col(f"attribute:{theirs}").alias(theirs) for theirs in columns.attributes]
     return frame.select(
-        *(pl.col(ours).cast(pl.String) for ours in ("item_id", "title", "description", "category", "image_version")),
+        *(text(ours, frame.schema[ours]) for ours in ("item_id", "title", "description", "category", "image_version")),
         attributes=pl.struct(attributes).struct.json_encode() if attributes else pl.lit(None, pl.String),
         image_uri=absolute(first_filled("image", frame.schema["image"]), source.uri("")),
         source=pl.lit(name),
@@ -102,6 +102,13 @@ def interactions_in(
     return good, pl.concat([broken, bad])
 
 
+def text(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A column as String; of a list, its values side by side."""
+    if isinstance(dtype, pl.List | pl.Array):
+        return pl.col(name).cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+    return pl.col(name).struct.json_encode() if isinstance(dtype, pl.Struct) else pl.col(name).cast(pl.String)
+
+
 def number(column: pl.Expr) -> pl.Expr:
     """A finite Float64, or null."""
     parsed = column.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
@@ -118,9 +125,9 @@ def moment(name: str, dtype: pl.DataType, unit: Unit) -> pl.Expr:
     elif unit == "iso":
         at = _iso(column.cast(pl.String).str.strip_chars())
     else:
-        text = column.cast(pl.String).str.strip_chars()
-        whole = text.cast(pl.Int64, strict=False)
-        ticks = pl.coalesce(whole, text.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
+        written = column.cast(pl.String).str.strip_chars()
+        whole = written.cast(pl.Int64, strict=False)
+        ticks = pl.coalesce(whole, written.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
         second = TICKS[unit]
         sane = ticks.is_between(int(EARLIEST.timestamp()) * second, int(LATEST.timestamp()) * second)
         at = pl.when(sane).then(ticks * (1_000_000 // second)).cast(INTERACTIONS["at"])
@@ -136,9 +143,9 @@ def _iso(text: pl.Expr) -> pl.Expr:
 
 def unless(good: pl.Expr, column: str, what: str, ours: str = "rating", *, required: bool) -> pl.Expr:
     """The reject's reason where `good` does not hold; an empty value is one only where it is `required`."""
-    text = pl.col(ours).cast(pl.String).str.strip_chars()
-    empty = text.is_null() | (text == "")
-    said = pl.concat_str(pl.lit(f"{column} `"), text.str.slice(0, QUOTED), pl.lit(f"` is not {what}"))
+    written = pl.col(ours).cast(pl.String).str.strip_chars()
+    empty = written.is_null() | (written == "")
+    said = pl.concat_str(pl.lit(f"{column} `"), written.str.slice(0, QUOTED), pl.lit(f"` is not {what}"))
     return pl.when(empty).then(pl.lit(f"{column} is empty") if required else None).when(~good).then(said)
 
 

@@ -36,8 +36,8 @@ _EMPTY = frozenset(
 class Params(AskParams):
     model: str = ""
     null_images: int = Field(16, ge=1)
-    # With 16 others, at most two may fit better. Let a claim hold for one picture in eight and CLIP be perfect: some 89
-    # % of true claims pass then and 7 % of false ones; at 0.9 it is 73 % and 3 % (binomial arithmetic, tests/).
+    # With 16 others, at most two may fit better. Let a claim hold for one picture in eight and CLIP be perfect: then
+    # 89 % of true claims pass and 7 % of false ones; at 0.9 it would be 73 % and 3 % (binomial arithmetic, in the tests).
     grounded_from: float = Field(0.85, gt=0, lt=1)
     max_words: int = Field(45, ge=1)  # about 60 tokens; CLIP's context holds 77
     seed: int = 0
@@ -116,7 +116,14 @@ def rows(inputs: Inputs) -> pl.DataFrame:
     subject = ("sha256", "subject", "subject_id", "text", "quoted", "seen")
     none = pl.lit(None, pl.String)
     texts = [
-        captions.select("sha256", pl.lit("caption").alias("subject"), pl.col("sha256").alias("id"), "caption", none.alias("q"), none.alias("s")),
+        captions.select(
+            "sha256",
+            pl.lit("caption").alias("subject"),
+            pl.col("sha256").alias("id"),
+            "caption",
+            none.alias("q"),
+            none.alias("s"),
+        ),
         described.select("sha256", pl.lit("summary"), "item_id", "summary", "quoted", "caption"),
     ]
     subjects = (

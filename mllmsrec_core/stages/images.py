@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataframely as dy
 import polars as pl
 
-from mllmsrec_core.ask import Fetch, key
+from mllmsrec_core.ask import Fetch, digest, key
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
 
 STATUS = {"image_missing": "missing", "image_unreadable": "unreadable", "image_refused": "refused"}
@@ -57,6 +57,11 @@ def rows(inputs: Inputs) -> pl.DataFrame:
     )
 
 
+def outside(inputs: Inputs) -> str:
+    """The listed versions of all pictures, so that one replaced at its old URI is noticed."""
+    return digest(rows(inputs).rows())
+
+
 def ask(inputs: Inputs, row: Row) -> Chain:
     question = Fetch(row["uri"], row["version"])
     reply = yield question
@@ -93,4 +98,5 @@ STAGE = Stage(
     ask=ask,
     tables=tables,
     done=DONE,
+    outside=outside,
 )

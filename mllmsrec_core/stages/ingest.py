@@ -15,6 +15,7 @@ import polars as pl
 from pydantic import Field
 
 from mllmsrec_core import stage
+from mllmsrec_core.ask import digest
 from mllmsrec_core.datasets import ITEMS, REJECTS, Catalogue, demo, generic, movielens
 from mllmsrec_core.datasets.demo import Params as Demo
 from mllmsrec_core.datasets.generic import Params as Generic
@@ -23,6 +24,7 @@ from mllmsrec_core.errors import SourceError
 from mllmsrec_core.stage import Inputs, Stage
 
 MAX_TEXT = 2_000  # characters of a title or description worth keeping: no prompt reads more than its first 600
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 READERS: Mapping[str, Callable[[Any, Any], Catalogue]] = {
     "demo": demo.read,
     "movielens": movielens.read,
@@ -150,6 +152,15 @@ def need_rows(params: Params, frame: pl.DataFrame, what: str, rejects: pl.DataFr
     )
 
 
+def outside(inputs: Inputs) -> Any:
+    """Which files there are, and the versions of those that are no pictures: pictures are versioned by `images`."""
+    if inputs.source is None or inputs.params["ingest"].dataset == "demo":
+        return None
+    names = inputs.source.names()
+    read = [name for name in names if not name.lower().endswith(PICTURES)]
+    return digest(names, [inputs.source.version(name) for name in read])
+
+
 def rows(inputs: Inputs) -> pl.DataFrame:
     return pl.DataFrame()
 
@@ -172,4 +183,5 @@ STAGE = Stage(
     writes={"items": Items, "interactions": Interactions, "rejects": Rejects},
     rows=rows,
     tables=tables,
+    outside=outside,
 )

@@ -23,7 +23,7 @@ from tasks.embedded.architecture import flat
 from tasks.embedded.lessons import Lesson, Teacher
 
 SHIFT = 6  # pixels by which a training picture may be moved, either way
-LESSONS, CHARACTERS = 64, 15_000  # most lessons of a batch, and the length of prompts and answers at which it is full
+LESSONS, CHARACTERS = 64, 12_000  # most lessons of a batch, and the length of prompts and answers at which it is full
 ROUND = 16  # batches are padded to a multiple of this many tokens: bfloat16 kernels like it
 
 

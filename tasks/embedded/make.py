@@ -29,9 +29,8 @@ TEXT = (
     *("words", "recurrent", "fuse", "list", "fact", "window", "title"),
 )
 ALL = (
-    *("caption", "recurrent", "each", "caption", "question", "words", "caption", "recurrent", "facts", "caption"),
-    *("each", "fuse", "question", "words_seen", "caption", "recurrent", "each", "count", "window"),
-    *("caption", "fact", "words", "count_seen", "title"),
+    *("caption", "recurrent", "each", "caption", "question", "words", "caption", "fuse", "facts", "caption"),
+    *("each", "question", "words_seen", "caption", "recurrent", "count", "each", "caption", "window", "fact", "title"),
 )
 
 

@@ -17,7 +17,7 @@ from mllmsrec_core.errors import AskError, ContextTooLong, EngineError
 from storage.blobs import Blobs
 from tasks.engines.pictures import decode
 
-TAIL_CHARS = 64  # what stands this far before the answer does not change how the answer is cut into tokens
+TAIL_CHARS = 8  # every prompt of a template ends alike; only this much can merge with the beginning of an answer
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,6 +98,7 @@ def _open(model: Model, location: str, revision: str | None, device: str, attent
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
     from transformers.utils import logging as notes
 
+    notes.set_verbosity_error()  # what matters of its warnings, missing weights, is an error below
     notes.disable_progress_bar()  # the runner shows progress of rows
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels that nothing here needs
     shared: dict[str, Any] = {"trust_remote_code": False, **({"revision": revision} if revision else {})}
@@ -108,9 +109,18 @@ def _open(model: Model, location: str, revision: str | None, device: str, attent
     extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     if model.quantisation == "nf4":
         extra["quantization_config"] = nf4(dtype)
-    network = kind.from_pretrained(
-        location, dtype=dtype, device_map={"": device}, use_safetensors=True, **extra, **shared
+    opened: Any = kind.from_pretrained(
+        location,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        output_loading_info=True,
+        **extra,
+        **shared,
     )
+    network, report = opened
+    if report["missing_keys"]:
+        raise ValueError(f"the file has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, among others")
     if model.quantisation == "nf4":
         keep_gradients(network)
     return front.from_pretrained(location, **shared), network.eval()

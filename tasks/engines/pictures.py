@@ -11,6 +11,7 @@ import math
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllmsrec_core.errors import ImageRefused, ImageUnreadable
+from tasks.engines.fetch import FORMATS
 
 
 def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -19,12 +20,14 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
     The aspect is kept and nothing is scaled up. Raises ImageUnreadable, or ImageRefused for a decompression bomb.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(content), formats=FORMATS))
         return _shrink(_opaque(picture), max_pixels)
     except Image.DecompressionBombError as error:
         raise ImageRefused(f"the picture is too large to decode safely: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageUnreadable(f"these {len(content)} bytes are no picture in a format that Pillow knows") from error
+        raise ImageUnreadable(
+            f"these {len(content)} bytes are no picture in a known format: {', '.join(FORMATS)}"
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageUnreadable(f"Pillow cannot decode these {len(content)} bytes: {error}") from error
 

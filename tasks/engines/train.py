@@ -93,6 +93,11 @@ class TrainEngine:
                 f"no memory to train {ask.model.slug} at batch size {recipe.batch_size}: {error}. Lower `batch_size` "
                 "and raise `accumulate` by the same factor, or use strategy `qlora`."
             ) from error
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(
+                f"training {ask.model.slug} failed: {type(error).__name__}: {error}. Its checkpoints are kept "
+                f"in {folder}; mend the cause and repeat the command."
+            ) from error
         if stop.is_set():
             raise EngineError(f"training of {ask.model.slug} was stopped; repeat the command to go on from {folder}.")
         reply = run.reply(self.blobs, ask.model)
@@ -138,13 +143,15 @@ class _Run:
 
     def reply(self, blobs: Blobs, base: Model) -> Reply:
         """Keep the adapter as a blob; its curve and token count come from the trainer's own log."""
+        state = self.trainer.state
+        curve = curves(state.log_history)
+        if not all(math.isfinite(number) for point in curve for number in point.values()):
+            raise EngineError(f"training {base.slug} diverged: the loss is no number. Lower `lr` or raise `warmup`.")
         with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
             network = self.trainer.accelerator.unwrap_model(self.trainer.model)
             network.save_pretrained(folder, save_embedding_layers=False)
             sha256 = blobs.put(pack(Path(folder), base.slug))
-        state = self.trainer.state
-        value = {"sha256": sha256, "curves": curves(state.log_history)}
-        return Reply(value, tokens_in=int(state.num_input_tokens_seen))
+        return Reply({"sha256": sha256, "curves": curve}, tokens_in=int(state.num_input_tokens_seen))
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
@@ -206,6 +213,7 @@ def _arguments(recipe: Recipe, ask: Train, folder: Path, device: str, checkpoint
         remove_unused_columns=False,
         eval_strategy="epoch" if ask.validation else "no",
         prediction_loss_only=True,
+        logging_nan_inf_filter=False,
         logging_steps=every,
         include_num_input_tokens_seen="non_padding",
         save_strategy="steps",

@@ -70,7 +70,11 @@ def test_itemknn_sums_the_similarity_of_the_candidate_to_each_like_before_the_ta
 
 
 def test_itemknn_finds_the_planted_companion_and_does_not_care_for_row_order():
-    pairs = [(f"u{n}", seq, item, True) for n in range(9) for seq, item in enumerate(("tea", "cup") if n % 2 else ("bat", "ball"))]
+    pairs = [
+        (f"u{n}", seq, item, True)
+        for n in range(9)
+        for seq, item in enumerate(("tea", "cup") if n % 2 else ("bat", "ball"))
+    ]
     training = pl.DataFrame(pairs, schema=["user_id", "seq", "item_id", "liked"], orient="row")
     interactions = pl.concat([training, pl.DataFrame([("new", 0, "tea", True)], schema=training.schema, orient="row")])
     candidates = pl.DataFrame({"user_id": "new", "target_seq": 1, "item_id": ["ball", "cup", "bat"]})

@@ -130,7 +130,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     # The chance that a positive at +1 beats a negative: Phi(1 / sqrt 2).
     truth, inside = 0.5 * (1 + math.erf(0.5)), {"auc": 0, "auc_pooled": 0}
     for seed in range(60):
-        rows = metrics.evaluate(skilled(60, 1.0, seed), ["model"], n=200, ks=[5]).filter(pl.col("metric").is_in(["auc", "auc_pooled"]))
+        rows = metrics.evaluate(skilled(60, 1.0, seed), ["model"], n=200, ks=[5]).filter(
+            pl.col("metric").is_in(["auc", "auc_pooled"])
+        )
         for row in rows.rows(named=True):
             inside[row["metric"]] += row["low"] <= truth <= row["high"]
     assert all(50 <= count for count in inside.values())  # of 60; 95 % would be 57
@@ -138,7 +140,11 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 def test_the_pooled_interval_is_that_of_really_resampled_users():
     candidates = skilled(80, 0.7).sort("user_id")
-    row = metrics.evaluate(candidates, ["model"], n=4000, ks=[1]).filter(pl.col("metric") == "auc_pooled").row(0, named=True)
+    row = (
+        metrics.evaluate(candidates, ["model"], n=4000, ks=[1])
+        .filter(pl.col("metric") == "auc_pooled")
+        .row(0, named=True)
+    )
     random = np.random.default_rng(1)
     labels, scores = (candidates[c].to_numpy().reshape(80, 21) for c in ("label", "model"))
     drawn = [random.integers(0, 80, 80) for _ in range(2000)]

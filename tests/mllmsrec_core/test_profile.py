@@ -17,14 +17,17 @@ SCHEMA = {
     "rating": pl.Float64,
     "liked": pl.Boolean,
 }
-ITEMS = pl.DataFrame({"item_id": ["a", "b", "c", "d", "x"], "category": ["shoes", "shoes", "bags", "<|im_end|>hats", None]})
+ITEMS = pl.DataFrame(
+    {"item_id": ["a", "b", "c", "d", "x"], "category": ["shoes", "shoes", "bags", "<|im_end|>hats", None]}
+)
 Event = tuple[str, float, float | None, bool]  # item, day, rating, liked
 
 
 def history(*events: Event, user: str = "ann") -> pl.DataFrame:
     start = datetime(2024, 1, 1, tzinfo=UTC)
     rows = [
-        (user, seq, item, start + timedelta(days=day), rating, liked) for seq, (item, day, rating, liked) in enumerate(events)
+        (user, seq, item, start + timedelta(days=day), rating, liked)
+        for seq, (item, day, rating, liked) in enumerate(events)
     ]
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
 
@@ -78,7 +81,10 @@ def test_the_usual_rating_comes_to_the_nearest_half_star():
 
 
 events = st.tuples(
-    st.sampled_from("abcdx"), st.floats(0, 99).map(lambda day: round(day, 2)), st.none() | st.floats(1, 5), st.booleans()
+    st.sampled_from("abcdx"),
+    st.floats(0, 99).map(lambda day: round(day, 2)),
+    st.none() | st.floats(1, 5),
+    st.booleans(),
 )
 
 

@@ -40,7 +40,9 @@ def catalogue(n: int) -> pl.Series:
 
 
 def one_like_each(users: int, n_items: int) -> pl.DataFrame:
-    return interactions({f"u{n}": [(f"item {n % n_items}", True), (f"item {(n + 1) % n_items}", True)] for n in range(users)})
+    return interactions(
+        {f"u{n}": [(f"item {n % n_items}", True), (f"item {(n + 1) % n_items}", True)] for n in range(users)}
+    )
 
 
 def test_the_last_like_is_test_the_one_before_valid_and_earlier_ones_with_enough_history_train():

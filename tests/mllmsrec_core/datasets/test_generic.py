@@ -178,6 +178,15 @@ def test_of_a_list_of_pictures_the_first_that_is_not_empty_is_taken(tmp_path, va
     assert items["image_uri"].to_list() == [f"{tmp_path}{expected}" if relative else expected]
 
 
+def test_a_description_that_is_a_list_is_read_as_one_text(tmp_path):
+    pl.DataFrame({"item_id": [7], "words": [["red", None, "mug"]], "dims": [{"cm": 9}]}).write_parquet(
+        tmp_path / "i.parquet"
+    )
+    columns = generic.ItemColumns(title="dims", description="words")
+    items, _ = generic.items_in(FsspecSource(str(tmp_path)), "i.parquet", columns)
+    assert items.select("item_id", "title", "description").rows() == [("7", '{"cm":9}', "red, mug")]
+
+
 def test_column_names_may_hold_anything(tmp_path):
     (tmp_path / "items.csv").write_text("item_id,{title}\na,A\n")
     (tmp_path / "clicks.csv").write_text("user_id,item_id,{at}\nu,a,x\n")

@@ -31,7 +31,9 @@ def items() -> pl.DataFrame:
 
 def images() -> pl.DataFrame:
     """Every tenth picture is missing; items 1 and 2 share one."""
-    rows = [(f"i{n}", f"sha{max(n, 2) if n < 3 and n else n}", "missing" if n % 10 == 9 else "ok") for n in range(N_ITEMS)]
+    rows = [
+        (f"i{n}", f"sha{max(n, 2) if n < 3 and n else n}", "missing" if n % 10 == 9 else "ok") for n in range(N_ITEMS)
+    ]
     return pl.DataFrame(rows, schema=["item_id", "sha256", "status"], orient="row").with_columns(
         sha256=pl.when(pl.col("status") == "ok").then("sha256")
     )
@@ -40,7 +42,14 @@ def images() -> pl.DataFrame:
 def interactions(n_users: int = 12, seed: int = 0) -> pl.DataFrame:
     random = np.random.default_rng(seed)
     rows = [
-        (f"u{user}", seq, f"i{item}", START + timedelta(days=3 * seq), float(random.integers(1, 6)), bool(random.random() < 0.9))
+        (
+            f"u{user}",
+            seq,
+            f"i{item}",
+            START + timedelta(days=3 * seq),
+            float(random.integers(1, 6)),
+            bool(random.random() < 0.9),
+        )
         for user in range(n_users)
         for seq, item in enumerate(random.permutation(N_ITEMS)[: random.integers(4, 11)].tolist())
     ]
@@ -52,10 +61,10 @@ def interactions(n_users: int = 12, seed: int = 0) -> pl.DataFrame:
 def preferences(interactions: pl.DataFrame) -> pl.DataFrame:
     """A step after every third like, as the preference stage cuts them."""
     liked = interactions.filter("liked").sort("user_id", "seq")
-    place = pl.int_range(pl.len(), dtype=pl.Int32).over("user_id") + 1
-    return liked.select(
-        "user_id", (place // 3).alias("step"), pl.col("seq").alias("upto_seq"), cut=place % 3 == 0
-    ).filter("cut").select("user_id", "step", "upto_seq", preference=pl.format("likes things up to {}", "upto_seq"))  # fmt: skip
+    place = (pl.int_range(pl.len(), dtype=pl.Int32).over("user_id") + 1).alias("place")
+    steps = liked.with_columns(place).filter(pl.col("place") % 3 == 0)
+    text = pl.format("likes things up to {}", "seq")
+    return steps.select("user_id", step=pl.col("place") // 3, upto_seq="seq", preference=text)
 
 
 def tables(interactions: pl.DataFrame) -> dict[str, pl.DataFrame]:

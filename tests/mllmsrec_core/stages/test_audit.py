@@ -65,7 +65,9 @@ def test_every_subject_with_a_text_has_its_claims(shop, found):
 
 def test_a_wrong_colour_is_unsupported_and_right_ones_are_grounded(found):
     captions = found.filter(pl.col("subject") == "caption")
-    assert captions.filter(pl.col("subject_id") == "sha5").select("claim", "verdict").rows() == [("A black mug", "unsupported")]
+    assert captions.filter(pl.col("subject_id") == "sha5").select("claim", "verdict").rows() == [
+        ("A black mug", "unsupported")
+    ]
     others = captions.filter(pl.col("subject_id") != "sha5")
     assert (others["verdict"] == "grounded").mean() > 0.9
 
@@ -152,7 +154,7 @@ def test_the_quantile_lies_between_none_and_all_and_mirrors(similarity, null):
 
 @pytest.mark.parametrize(("threshold", "true", "false"), [(0.85, 0.89, 0.07), (0.9, 0.73, 0.03)])
 def test_the_default_threshold_passes_what_its_comment_says(threshold, true, false):
-    """A claim true of one picture in eight, a perfect CLIP, 16 others: the share of true and of false claims that pass."""
+    """A claim true of one picture in eight, a perfect CLIP, 16 others: how many true and false claims pass."""
     n, share, above = 16, 1 / 8, int(16 * (1 - threshold) + 1e-9)
     chance = [comb(n, m) * share**m * (1 - share) ** (n - m) for m in range(n + 1)]
     passes_true = sum(p * min(1, (above + 1) / (m + 1)) for m, p in enumerate(chance))

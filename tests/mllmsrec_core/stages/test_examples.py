@@ -21,7 +21,11 @@ def test_valid_and_test_lists_hold_twenty_negatives_and_train_lists_one(shop):
 
 def test_the_candidate_set_says_protocol_size_and_sampling_rule(shop):
     named = dict(shop.inputs["examples"].group_by("split").agg(pl.col("candidate_set").unique().first()).rows())
-    assert named == {"train": "leave-last/1+1/uniform", "valid": "leave-last/1+20/uniform", "test": "leave-last/1+20/uniform"}
+    assert named == {
+        "train": "leave-last/1+1/uniform",
+        "valid": "leave-last/1+20/uniform",
+        "test": "leave-last/1+20/uniform",
+    }
 
 
 def test_a_list_the_catalogue_cut_short_says_so(shop):
@@ -63,7 +67,9 @@ def test_no_example_sees_its_own_target_or_later(shop, opening, data):
     example = data.draw(st.sampled_from(shop.inputs["examples"].filter("label").rows(named=True)))
     user, seq = example["user_id"], example["target_seq"]
     before = shop.inputs["interactions"].with_columns(rating=pl.lit(None, pl.Float64))
-    future = [(user, seq + n, f"i{item}", before["at"][0], None, liked) for n, (item, liked) in enumerate(data.draw(later))]
+    future = [
+        (user, seq + n, f"i{item}", before["at"][0], None, liked) for n, (item, liked) in enumerate(data.draw(later))
+    ]
     past = before.filter((pl.col("user_id") != user) | (pl.col("seq") < seq))
     rewritten = pl.concat([past, pl.DataFrame(future, schema=before.schema, orient="row")])
     wanted = pl.DataFrame([example], schema=shop.inputs["examples"].schema)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import time
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mllmsrec_core.text import clean
 from storage.source import FsspecSource
 
 POSTERS = Path(__file__).parents[4] / "shared" / "data" / "movielens-posters"
+PROFILES = Path(__file__).parents[3] / "flows" / "profiles"
 ITEM_COLUMNS = {"title": "title", "description": "description"}
 COLUMNS = {"item_columns": ITEM_COLUMNS, "interaction_columns": {"rating": "rating"}}
 FOLDERS = itertools.count()
@@ -252,6 +254,12 @@ def test_the_real_release_loses_no_row_and_a_shuffled_export_changes_nothing(tmp
     again = run(ingest.Params(dataset="movielens", path=str(tmp_path)), FsspecSource(str(tmp_path)))
     assert again["interactions"].equals(whole["interactions"])
     assert again["items"].drop("image_uri").equals(whole["items"].drop("image_uri"))
+
+
+@pytest.mark.parametrize("name", ["movielens", "generic"])
+def test_a_profile_sets_parameters_that_exist(name):
+    profile = tomllib.loads((PROFILES / f"{name}.toml").read_text())
+    assert ingest.Params.model_validate(profile["ingest"]).dataset == name
 
 
 def test_items_keep_every_column_of_the_catalogue():

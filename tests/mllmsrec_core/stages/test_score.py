@@ -1,6 +1,7 @@
 """Scores, ranks and figures; a candidate that could not be scored keeps its row."""
 
 import math
+from itertools import pairwise
 
 import polars as pl
 import pytest
@@ -43,7 +44,7 @@ def test_the_prompt_names_user_then_candidate_then_question_and_the_picture_last
     (message,) = score.prompt(score.Params(), ROW)
     assert message.parts == (
         "User profile: Likes office (2 of 3).\n"
-        "The user's preference: «likes \"red\" mugs»\n"
+        'The user\'s preference: «likes "red" mugs»\n'
         "Chosen last: «Mug A»; «Mug B»\n"
         "Candidate: «A red mug.»\n"
         "Would the user choose this candidate next? Answer yes or no.",
@@ -64,7 +65,7 @@ def test_rows_are_held_out_examples_with_prompts_that_share_prefixes_side_by_sid
     assert set(rows["split"]) == {"valid", "test"}
     assert rows.rows() == rows.sort("user_id", "target_seq", "item_id").rows()
     users = [score.user_text(row) for row in rows.rows(named=True)]
-    changes = sum(a != b for a, b in zip(users, users[1:], strict=False))
+    changes = sum(a != b for a, b in pairwise(users))
     assert changes < rows.select("user_id", "target_seq").n_unique()
 
 
@@ -158,8 +159,19 @@ def test_recommendations_are_the_best_test_candidates(shop, scored):
 
 def test_the_adapter_of_the_current_recipe_answers_and_without_one_the_base(shop):
     def adapters_asked(shop) -> set[str | None]:
-        return {next(score.ask(shop.inputs, row)).model.adapter for row in score.rows(shop.inputs).head(9).rows(named=True)}
+        return {
+            next(score.ask(shop.inputs, row)).model.adapter for row in score.rows(shop.inputs).head(9).rows(named=True)
+        }
 
     tuned = pl.DataFrame({"name": ["qlora-1"], "sha256": ["f00"]})
     assert adapters_asked(shop) == {None}
     assert adapters_asked(shop.having(adapters=tuned)) == {"f00"}
+
+
+def test_a_shop_without_users_has_empty_tables(opening, shop):
+    nobody = opening(shop.inputs["interactions"].clear())
+    assert {name: len(table) for name, table in nobody.run("score", constant).items()} == {
+        "scores": 0,
+        "metrics": 0,
+        "recommendations": 0,
+    }

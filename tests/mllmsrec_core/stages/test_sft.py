@@ -69,7 +69,9 @@ def test_another_prompt_example_or_recipe_is_another_question_and_row_order_is_n
 
 def test_the_digest_tells_train_from_validation_and_yes_from_no():
     one, two = Example((), "yes"), Example((), "no")
-    assert len({sft.digest([one], [two]), sft.digest([two], [one]), sft.digest([one, two], []), sft.digest([], [])}) == 4
+    assert (
+        len({sft.digest([one], [two]), sft.digest([two], [one]), sft.digest([one, two], []), sft.digest([], [])}) == 4
+    )
 
 
 @pytest.mark.parametrize("limit", [2, 7])

@@ -11,6 +11,7 @@ import zlib
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from typing import ClassVar
 
 import fsspec
 import numpy as np
@@ -75,7 +76,7 @@ def only(uri, **options):
     return reply
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -160,7 +161,7 @@ def test_many_pictures_are_fetched_at_once_and_a_bad_one_fails_alone(tmp_path):
     assert len({reply.value["sha256"] for n, reply in enumerate(replies) if n != 7}) == 1
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes -----------------------------------------------------------------------------------------------------
 
 ANIMATED = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
 ODD = {
@@ -254,7 +255,7 @@ def test_random_damage_never_does_more_than_fail_its_row():
         assert width > 0 and height > 0
 
 
-# --- decoding ----------------------------------------------------------------------------------------------------------
+# --- decoding --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("turn", range(1, 9))
@@ -322,11 +323,11 @@ def test_every_allowed_format_is_known_to_pillow():
     assert {name for name in FORMATS if name != "MPO"} <= set(Image.OPEN)
 
 
-# --- the web -----------------------------------------------------------------------------------------------------------
+# --- the web ---------------------------------------------------------------------------------------------------
 
 
 class Site(BaseHTTPRequestHandler):
-    hosts: list[str] = []
+    hosts: ClassVar[list[str]] = []
 
     def do_GET(self):
         Site.hosts.append(self.headers["Host"])
@@ -470,18 +471,8 @@ def test_one_host_is_asked_no_more_than_its_share_at_a_time(site):
 
 @pytest.mark.parametrize(
     "address",
-    [
-        "10.0.0.1",
-        "172.16.0.1",
-        "192.168.1.1",
-        "169.254.169.254",
-        "100.64.0.1",
-        "0.0.0.0",
-        "224.0.0.1",
-        "240.0.0.1",
-        "fe80::1%eth0",
-    ]
-    + ["::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "2001:db8::1"],
+    "10.0.0.1 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1 fe80::1%eth0 ::1 fc00::1 "
+    "ff02::1 ::ffff:10.0.0.1 64:ff9b::a00:1 2002:a00:1:: 2001:db8::1".split(),
 )
 def test_an_address_inside_a_network_is_not_public(address):
     assert not is_public(address)

@@ -153,3 +153,8 @@ def test_bfloat16_trains_in_four_bits(known: Any, blobs: Any, rule: Any, ask_all
     [reply] = ask_all(engine, [train(half, rule[:32], lr=1e-2, epochs=4)])
     assert isinstance(reply, Reply)
     assert reply.value["curves"][-1]["loss"] < reply.value["curves"][0]["loss"] / 2
+
+
+def test_training_that_diverges_is_an_engine_error(engine: Any, base: Any, rule: Any, ask_all: Any) -> None:
+    [error] = ask_all(engine(), [train(base, rule[:16], strategy="lora", lr=1e30, warmup=0.0)])
+    assert isinstance(error, EngineError) and "diverged" in str(error)

@@ -212,3 +212,19 @@ def test_surface_forms_of_blanks_only_are_left_out(base: Any, blobs: Any) -> Non
     rendered = chat.render((Message("user", ("red?",)),))
     found = chat.first_tokens(rendered, (("tab", ("yes",)), ("other", (" \u00e9", "no"))))
     assert all(chat.tokenizer.decode([token]).strip() for tokens in found.values() for token in tokens)
+
+
+def test_a_checkpoint_that_lacks_weights_is_an_engine_error(
+    *, base: Any, blobs: Any, says: Any, ask_all: Any, tmp_path: Any
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base.location, tmp_path / "partial")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = TransformersEngine(blobs, {base.model.slug: str(folder)})
+    [error] = ask_all(engine, [Choose(base.model, says("red?"), YES_NO)])
+    assert isinstance(error, EngineError) and "no weights for" in str(error)
