@@ -83,7 +83,7 @@ def lines(rows: Rows, y_title: str) -> Markup:
 
 
 def reliability(rows: Rows) -> Markup:
-    """Rows of series, predicted, observed, low, high, n: observed share of likes against the predicted probability."""
+    """Rows of series, predicted, observed, low, high: observed share of likes against the predicted probability."""
     frame = _frame(rows)
     names = frame["series"].unique(maintain_order=True).to_list()
     scale = alt.Scale(domain=[0, 1])
@@ -95,9 +95,7 @@ def reliability(rows: Rows) -> Markup:
     bars = base.mark_rule(strokeWidth=1.5, opacity=0.7).encode(
         y=alt.Y("low:Q", scale=scale, title="share that was the choice"), y2="high:Q"
     )
-    points = base.mark_point(filled=True, opacity=1).encode(
-        y="observed:Q", size=alt.Size("n:Q", legend=None, scale=alt.Scale(range=[25, 220]))
-    )
+    points = base.mark_point(filled=True, opacity=1, size=55).encode(y="observed:Q")
     return svg(alt.layer(ideal.encode(x="x:Q", y="y:Q"), bars, points).properties(width=300, height=260))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,22 +56,39 @@ def small(tmp_path: Path) -> Callable[..., Any]:
     return lambda store=None, **others: load(["demo"], small_sets(store or tmp_path / "store", **others), {})
 
 
-@pytest.fixture
-def run_all() -> Callable[..., dict[str, Any]]:
-    """`run_all(config)`: every stage in order without Prefect, then the environment moves; the records by stage."""
+def every_stage(config: Any, retry: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Every stage in order without Prefect, then the environment moves; the records by stage."""
     from tasks.run_stage import How
     from tasks.stage_task import STAGE_BY_NAME, perform
     from tasks.work import open_work
 
-    def run(config: Any, retry: frozenset[str] = frozenset()) -> dict[str, Any]:
-        open_work.cache_clear()  # as a new process would: nothing is known but what the store holds
-        work, stages = open_work(config.to_json()), {}
-        for name in STAGE_BY_NAME:
-            stages[name], _ = perform(work, name, stages, How(config.settings.window, retry))
-        work.store.envs.move(config.settings.env, stages)
-        return stages
+    open_work.cache_clear()  # as a new process would: nothing is known but what the store holds
+    work, stages = open_work(config.to_json()), {}
+    for name in STAGE_BY_NAME:
+        stages[name], _ = perform(work, name, stages, How(config.settings.window, retry))
+    work.store.envs.move(config.settings.env, stages)
+    return stages
 
-    return run
+
+@pytest.fixture
+def run_all() -> Callable[..., dict[str, Any]]:
+    return every_stage
+
+
+@pytest.fixture(scope="session")
+def ran_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    from flows.settings import load
+
+    store = tmp_path_factory.mktemp("ran") / "store"
+    return store, every_stage(load(["demo"], small_sets(store), {}))
+
+
+@pytest.fixture
+def ran(ran_once: tuple[Path, dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """This test's own store, in which `small()` has been run already; the records by stage."""
+    store, records = ran_once
+    shutil.copytree(store, tmp_path / "store")
+    return records
 
 
 @pytest.fixture

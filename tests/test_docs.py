@@ -13,6 +13,7 @@ import mllmsrec_core
 import storage
 import tasks
 from flows.cli import app
+from flows.settings import load
 from mllmsrec_core import errors
 from mllmsrec_core.stages import STAGES
 
@@ -116,6 +117,13 @@ def test_the_readme_shows_every_table_with_its_stage_its_key_and_all_its_columns
 def test_the_readme_names_every_shipped_profile():
     for profile in (ROOT / "flows" / "profiles").glob("*.toml"):
         assert f"`{profile.stem}`" in README
+
+
+def test_the_profile_in_the_readme_is_valid(tmp_path):
+    (block,) = re.findall(r"^```toml\n(.*?)^```", README, re.M | re.S)
+    (tmp_path / "mine.toml").write_text(block)
+    ingest = load([str(tmp_path / "mine.toml")], environ={}).stage_params()["ingest"]
+    assert (ingest.dataset, ingest.generic.item_columns.item_id) == ("generic", "sku")
 
 
 @pytest.mark.parametrize("document", DOCS, ids=shown)

@@ -168,11 +168,17 @@ class Shelf:
 
 
 def history(rng: random.Random, shelf: Shelf, blocks: int) -> tuple[list[Item], list[Look]]:
-    """`blocks` whole blocks of choices and two more, and the taste behind each. Repeats are possible but rare."""
+    """`blocks` whole blocks of choices and two more, and the taste behind each.
+
+    Nothing is chosen twice while something is left: a repeated title would give the next choice away.
+    """
     now, chosen, tastes = taste(rng), [], []
     for block in range(blocks + 1):
         for _ in range(BLOCK if block < blocks else 2):
-            chosen.append(shelf.choose(rng, now))
+            product = shelf.choose(rng, now)
+            while product in chosen and len(chosen) < len(shelf.products):
+                product = shelf.choose(rng, now)
+            chosen.append(product)
             tastes.append(now)
         now = drift(rng, now)
     return chosen, tastes

@@ -37,7 +37,7 @@ class Params(AskParams):
     model: str = ""
     null_images: int = Field(16, ge=1)
     # With 16 others, at most two may fit better. Let a claim hold for one picture in eight and CLIP be perfect: then
-    # 89 % of true claims pass and 7 % of false ones; at 0.9 it would be 73 % and 3 % (binomial arithmetic, in the tests).
+    # 89 % of true claims pass and 7 % of false ones; at 0.9 it would be 73 % and 3 % (binomial, in the tests).
     grounded_from: float = Field(0.85, gt=0, lt=1)
     max_words: int = Field(45, ge=1)  # about 60 tokens; CLIP's context holds 77
     seed: int = 0

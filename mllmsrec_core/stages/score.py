@@ -16,14 +16,13 @@ import polars as pl
 
 from mllmsrec_core import baselines, metrics
 from mllmsrec_core.ask import Choose, Message, Picture, key
-from mllmsrec_core.profile import profile, usual_rating
+from mllmsrec_core.profile import PAIR, profile, usual_rating
 from mllmsrec_core.protocol import SPLITS, training
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import fence
 
 PROMPT = "{user}\nCandidate: {item}\nWould the user choose this candidate next? Answer yes or no."
 NO_PICTURE = " It has no picture."
-PAIR = ("user_id", "target_seq")
 YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " No")))
 
 

@@ -18,6 +18,7 @@ import polars as pl
 from pydantic import Field
 
 from mllmsrec_core.ask import Example, Train, canonical, key
+from mllmsrec_core.profile import PAIR
 from mllmsrec_core.protocol import by_hash
 from mllmsrec_core.recipe import TARGETS, Recipe
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
@@ -25,7 +26,6 @@ from mllmsrec_core.stages import score
 
 # 200 pairs put the standard error of a curve's accuracy at about 0.025; more would slow every evaluation step.
 VALID_TARGETS = 200
-PAIR = ("user_id", "target_seq")
 
 
 class Params(AskParams):

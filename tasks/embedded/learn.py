@@ -97,20 +97,24 @@ def labels(products: Sequence[demo.Item]) -> dict[str, Tensor]:
 def tower(
     vision: nn.Module, width: int, products: Sequence[demo.Item], images: Tensor, *, steps: int, size: int
 ) -> None:
-    """Train `vision`, which makes a picture one vector of `width`, to tell attributes; the heads are thrown away."""
+    """Train `vision` to tell attributes; the heads are thrown away.
+
+    It makes of a picture one vector of `width`, or several, of which then each must tell every attribute.
+    """
     wanted = labels(products)
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in demo.ATTRIBUTES.items()})
     named = [*vision.named_parameters(), *((f"head.{name}", value) for name, value in heads.named_parameters())]
-    optimiser, progress = Optimiser(named, steps, muon=0.01, adam=1e-3), Progress("tower")
+    optimiser, progress = Optimiser(named, steps, muon=0.01, adam=1e-3), Progress("tower", 50)
     for _ in range(steps):
         rows = torch.randint(len(products), (size,))
         with torch.autocast("cpu", torch.bfloat16):
-            seen = vision(moved(images[rows]))
+            seen = vision(moved(images[rows])).float()
         losses, right = [], {}
         for name, head in heads.items():
-            logits = head(seen.float())
-            losses.append(functional.cross_entropy(logits, wanted[name][rows]))
-            right[name] = (logits.argmax(-1) == wanted[name][rows]).float().mean().item()
+            logits = head(seen).movedim(-1, 1)
+            classes = wanted[name][rows].view(-1, *(1,) * (logits.ndim - 2)).expand(len(rows), *logits.shape[2:])
+            losses.append(functional.cross_entropy(logits, classes))
+            right[name] = (logits.argmax(1) == classes).float().mean().item()
         optimiser.step(torch.stack(losses).sum())
         progress.see(right)
 
@@ -161,7 +165,7 @@ def study(
     named = dict(model.named_parameters())
     if images is None:
         named = {name: value for name, value in named.items() if "language_model" in name}
-    optimiser, progress = Optimiser(named.items(), steps, muon, adam), Progress("study", 200)
+    optimiser, progress = Optimiser(named.items(), steps, muon, adam), Progress("study", 100)
     for _, kind in zip(range(steps), cycle(kinds), strict=False):
         batch = collate(draw(teacher, kind), words, images)
         with torch.autocast("cpu", torch.bfloat16):

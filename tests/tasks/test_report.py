@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import polars as pl
 import pytest
 
 from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stages import STAGES
+from storage.store import Store
 from tasks import figures
 from tasks.config import Config, Pipeline, Settings
 from tasks.report import parameters, rejects, safe, span, toml, write_report
@@ -28,9 +31,8 @@ Change = Callable[[pl.DataFrame], pl.DataFrame]
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """Every stage on a shop of 40 items and 15 users, published as `dev`."""
     settings = Settings(store=str(tmp_path_factory.mktemp("report") / "store"))
-    work = open_work(
-        Config(settings, Pipeline(model="scripted", ingest={"demo": {"items": 40, "users": 15}})).to_json()
-    )
+    params: dict[str, Any] = {"ingest": {"demo": {"items": 40, "users": 15}}}
+    work = open_work(Config(settings, Pipeline(model="scripted", **params)).to_json())
     stages: dict[str, Any] = {}
     for stage in STAGES:
         stages[stage.name], _ = perform(work, stage.name, stages, How())
@@ -54,7 +56,7 @@ def body(html: str) -> str:
 
 
 def section(html: str, name: str) -> str:
-    return html.split(f'<section id="{name}">')[1].split("</section>")[0]
+    return html.split(f'<section id="{name}">')[1].split("</section>", maxsplit=1)[0]
 
 
 def moved(work: Work, env: str, changes: Mapping[str, Change]) -> Work:
@@ -85,6 +87,14 @@ def test_the_report_is_one_file_at_an_absolute_path_in_the_store(work: Work) -> 
     path = Path(write_report(work, "dev"))
     assert path.is_absolute() and path.name == "00000001.html" and path.parent.name == "dev"
     assert path.stat().st_size < 5_000_000
+
+
+def test_in_an_object_store_the_same_page_is_returned_by_its_url(work: Work, html: str) -> None:
+    store = Store("memory://report")
+    for name in work.store.files.names(""):
+        store.files.write(name, work.store.files.read(name))
+    url = write_report(replace(work, store=store), "dev")
+    assert url.startswith("memory://") and fsspec.filesystem("memory").cat_file(url).decode() == html
 
 
 def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
@@ -177,9 +187,8 @@ def test_an_unknown_environment_is_a_usage_error_that_names_the_nearest(work: Wo
 
 
 def test_empty_tables_are_sentences_not_crashes(work: Work) -> None:
-    none = dict.fromkeys(
-        ("captions", "preferences", "adapters", "scores", "metrics", "recommendations", "audit"), lambda f: f.clear()
-    )
+    names = ("captions", "preferences", "adapters", "scores", "metrics", "recommendations", "audit")
+    none: dict[str, Change] = {name: lambda frame: frame.clear() for name in names}
     html = page(moved(work, "empty", none), "empty")
     assert "No picture could be captioned" in html and "No adapter was trained" in html
 

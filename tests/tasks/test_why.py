@@ -22,7 +22,7 @@ from tasks.work import Work, open_work
 def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
     """Every stage on a shop of 40 items and 12 users, summaries with visual questions, published as `dev`."""
     settings = Settings(store=str(tmp_path_factory.mktemp("why") / "store"))
-    params = {"ingest": {"demo": {"items": 40, "users": 12}}, "summary": {"picture": "both"}}
+    params: dict[str, Any] = {"ingest": {"demo": {"items": 40, "users": 12}}, "summary": {"picture": "both"}}
     work = open_work(Config(settings, Pipeline(model="scripted", **params)).to_json())
     stages: dict[str, Any] = {}
     for stage in STAGES:
