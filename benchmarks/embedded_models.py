@@ -349,6 +349,7 @@ def score_table(folder: Path, seen: Seen, shop: demo.Params, recipe: Recipe, see
         seconds = time.monotonic() - start
         after = [auc(tuned, processor, seen, pairs) for pairs in (validation, test)]
         rows.append((seed, before[0], after[0], before[1], after[1], f"{seconds:.0f} s"))
+        print(rows[-1], flush=True)
     means = [float(np.mean([row[column] for row in rows])) for column in range(1, 5)]
     rows.append(("mean", *means, ""))
     head = ("seed", "validation, before", "validation, after", "test, before", "test, after", "fine-tuning")
@@ -394,6 +395,7 @@ def ceilings(params: demo.Params) -> list[tuple[str, float]]:
         "the true taste": [pull for _, pull, _, _ in held],
         "the right preference and the true look": [(taken[m] + 0.1) / (seen[m] + 1) for _, _, m, _ in held],
         "how many words match": [sum(map(bool, match)) for _, _, match, _ in held],
+        "the same of colour and pattern only": [sum(map(bool, match[:2])) for _, _, match, _ in held],
         "titles alone": reader.predict_proba([row for *_, row in held])[:, 1],
     }
     return [(name, float(roc_auc_score(chosen, values))) for name, values in guesses.items()]

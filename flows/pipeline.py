@@ -1,10 +1,9 @@
 """The pipeline as Prefect flows: the whole of it, and one flow per stage.
 
 Order only. A single stage reads the environment's tables and never runs what is upstream. The environment moves once,
-after the last stage; a run that dies before leaves records behind from which the next one continues.
+after the last stage; a run that dies before leaves records behind from which the next one continues. Annotations are
+not postponed here: Prefect builds the form in its UI from the parameters' real types.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from tasks.prefect_tasks import stage_task
 from tasks.report import write_report
 from tasks.work import environment, open_work
 
+DEFAULTS, SETTINGS = Pipeline(), Settings()
 NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -37,10 +37,10 @@ def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequenc
     return made
 
 
-@flow(name="mllmsrec", flow_run_name="{settings.env}", validate_parameters=False)
+@flow(name="mllmsrec", flow_run_name="{settings.env}")
 def pipeline(
-    params: Pipeline,  # type: ignore[valid-type]
-    settings: Settings,
+    params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
+    settings: Settings = SETTINGS,
     sample: int = 0,
     retry: tuple[str, ...] = (),
 ) -> str:
@@ -55,10 +55,10 @@ def pipeline(
 def stage_flow(name: str) -> Any:
     """The flow that runs one stage on its environment's tables."""
 
-    @flow(name=f"mllmsrec-{name}", flow_run_name=f"{name}-{{settings.env}}", validate_parameters=False)
+    @flow(name=f"mllmsrec-{name}", flow_run_name=f"{name}-{{settings.env}}")
     def one_stage(
-        params: Pipeline,  # type: ignore[valid-type]
-        settings: Settings,
+        params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
+        settings: Settings = SETTINGS,
         sample: int = 0,
         retry: tuple[str, ...] = (),
     ) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def canonical(value: Any) -> str:
 def render(ask: Ask) -> str:
     """The Ask as canonical JSON, as kept in the store for `why`; examples stand as their digest."""
     content = {name: value for name, value in _fields(ask).items() if name not in ("examples", "validation")}
-    return _ENCODER.encode({"kind": kind(ask), "version": KEY_VERSION, **content})
+    return _ENCODER.encode({"kind": kind(ask), "key_version": KEY_VERSION, **content})
 
 
 def _fields(value: Any) -> dict[str, Any]:

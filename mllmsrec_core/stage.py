@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import dataframely as dy
 import polars as pl
+from dataframely.exc import ValidationError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mllmsrec_core.ask import Ask, Model, Reply
@@ -132,7 +133,7 @@ def conform(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:
     try:
         frame = frame.select(pl.col(name).cast(column.dtype) for name, column in columns.items())
         return schema.validate(frame).sort(schema.primary_key())
-    except (dy.exc.ValidationError, pl.exceptions.PolarsError) as error:
+    except (ValidationError, pl.exceptions.PolarsError) as error:
         raise ContractError(
             f"a table breaks the contract {schema.__module__}.{schema.__name__}: {error}. The rows come from upstream "
             "tables or from the stage's own code; nothing was published."

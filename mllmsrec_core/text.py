@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 MAX_CHARS = 600  # about 150 tokens: ten such items still fit a 2,048-token context
 
@@ -16,6 +17,7 @@ _CUT = "..."  # NFKC would turn the one-character ellipsis into this
 _FENCE = str.maketrans({"«": '"', "»": '"'})
 
 
+@lru_cache(maxsize=65_536)  # a user's texts come up once for each of their candidates
 def clean(text: str | None, limit: int = MAX_CHARS) -> str:
     """One line of normalised text, at most `limit` characters, without control characters or chat-control tokens.
 

@@ -34,7 +34,9 @@ class Envs:
         """The environment as it stands: `{"seq", "at", "stages": {stage: record}}`; empty before its first run."""
         if not NAME.fullmatch(name):
             raise UsageError(f"environment `{name}`: a name is made of letters, digits, `_`, `-` and `.`")
-        paths = {int(stem): path for path in self.files.names(f"envs/{name}", ".json") if (stem := _stem(path)).isdigit()}
+        paths = {
+            int(stem): path for path in self.files.names(f"envs/{name}", ".json") if (stem := _stem(path)).isdigit()
+        }
         newest = self._json(paths[max(paths)]) if paths else None
         return newest or {"seq": 0, "stages": {}}
 

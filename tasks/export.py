@@ -46,5 +46,7 @@ def _write(frame: pl.DataFrame, path: Path, ending: str) -> None:
 
 
 def _json(column: pl.Series) -> pl.Series:
-    values = (None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in column.to_list())
+    values = (
+        None if value is None else json.dumps(value, ensure_ascii=False, default=str) for value in column.to_list()
+    )
     return pl.Series(column.name, list(values), pl.String)

@@ -31,7 +31,12 @@ def trial(config: Config, name: str, n: int) -> list[dict[str, Any]]:
     run_rows(stage, _forgiving(inputs, name), rows, work.store, work.engine_for, How(config.settings.window))
     published = _published(work, stage, stages)
     return [
-        {"row": label, "asked": [_shown(*pair) for pair in asked], "old": _answer(published.get(label)), "new": _answer(new)}
+        {
+            "row": label,
+            "asked": [_shown(*pair) for pair in asked],
+            "old": _answer(published.get(label)),
+            "new": _answer(new),
+        }
         for row in rows.iter_rows(named=True)
         for new, asked in _again(stage, inputs, row, work.store.replies)
         for label in [_label(new, stage)]

@@ -43,7 +43,9 @@ def ask(inputs: Inputs, row: Row) -> Chain:
     params: Params = inputs.params["caption"]
     question = Generate(inputs.need_model(), prompt(params, row["sha256"]), Decoding(params.max_tokens))
     reply = yield question
-    return [{"sha256": row["sha256"], "caption": clean(reply.value) or None, "ask": key(question), "error": reply.error}]
+    return [
+        {"sha256": row["sha256"], "caption": clean(reply.value) or None, "ask": key(question), "error": reply.error}
+    ]
 
 
 def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:

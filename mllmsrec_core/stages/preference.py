@@ -92,9 +92,7 @@ def cut(params: Params, n_items: int) -> list[tuple[int, int, int]]:
         return []
     size, stride = (params.window, params.step) if params.mode == "window" else (params.block, params.block)
     starts = range(0, n_items - size + 1, stride)
-    steps = [
-        (number, 0 if params.mode == "direct" else start, start + size) for number, start in enumerate(starts, 1)
-    ]
+    steps = [(number, 0 if params.mode == "direct" else start, start + size) for number, start in enumerate(starts, 1)]
     if params.max_steps and len(steps) > params.max_steps:
         steps = steps[(len(steps) // params.max_steps - 1) * params.max_steps :]
     return steps

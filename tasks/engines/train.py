@@ -24,6 +24,7 @@ from mllmsrec_core.ask import Ask, Example, Model, Reply, Train, key, kind
 from mllmsrec_core.errors import AskError, EngineError
 from mllmsrec_core.recipe import Recipe
 from storage.blobs import Blobs
+from tasks import torchvision_guard
 from tasks.engines.adapters import pack
 from tasks.engines.chat import Chat, Prompt
 from tasks.engines.checkpoint import keep_gradients, open_checkpoint, place
@@ -116,6 +117,7 @@ class _Run:
     @classmethod
     def start(cls, ask: Train, recipe: Recipe, engine: TrainEngine, folder: Path, stop: threading.Event) -> _Run:
         """Load the base, quantise it if asked, and set up TRL."""
+        torchvision_guard.install()
         from transformers.trainer_callback import PrinterCallback
         from trl.trainer.sft_trainer import SFTTrainer
 

@@ -37,11 +37,11 @@ ASKS = (GENERATE, CHOOSE, EMBED, FETCH, TRAIN)
 
 # Raising KEY_VERSION is the only way to change these on purpose: every stored answer is found by them.
 GOLDEN = {
-    "generate": "f447b920fab0aa5264248d81eef57638d7488ca6c8de42b399db65bf2e80aac2",
-    "choose": "b1c339193c51ff4d7c944ae834766be674a8f0e5ad5067cb61ce451628cfe398",
-    "embed": "ae71ef20aead143d89fe2d86bdea24cf82d880e30611627ba0b24497b7286189",
-    "fetch": "32091d42c644d8a9989c722d51e3cdfb6dd0f8896b55aec9a870ae5cbd565ce4",
-    "train": "f38ef3aacd37cf3ee63f63ab83598f27ed331349e7f7a5683d5c0bd779be07c3",
+    "generate": "20f263f7662fab063911c994c18d6d4feeb1676a7d789201687ae9ff9d35c574",
+    "choose": "6c33295c0e7df6148d145fd041663cdc4a3cca64d0e96374ba4fb23c9aa7f351",
+    "embed": "a5f649a49b8714fa76fb1443c7f50b65274ec9d1c5e6e24d221d38717c260b79",
+    "fetch": "bd0f13241a62d5b98731403a3d66575023b7cd1e35ecd3e1e853f49e283dd8f3",
+    "train": "11482323c6c9706f2f569f41a3e75ad7be5fe9be12bc10674f7d3f4fe468bdc1",
 }
 
 OTHER = {

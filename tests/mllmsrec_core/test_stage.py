@@ -24,7 +24,9 @@ class Template(Params):
 
 
 def test_a_conforming_frame_has_the_contracts_columns_in_order_and_is_sorted_by_its_key():
-    frame = conform(pl.DataFrame({"count": pl.Series([2, 1], dtype=pl.Int8), "more": [0, 0], "word": ["b", "a"]}), Words)
+    frame = conform(
+        pl.DataFrame({"count": pl.Series([2, 1], dtype=pl.Int8), "more": [0, 0], "word": ["b", "a"]}), Words
+    )
     assert frame.to_dict(as_series=False) == {"word": ["a", "b"], "count": [1, 2]}
     assert frame.schema == {"word": pl.String, "count": pl.Int64}
 

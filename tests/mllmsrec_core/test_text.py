@@ -21,7 +21,9 @@ INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e"
 pieces = st.one_of(
     st.text(max_size=20),
     st.text(st.characters(), max_size=20),
-    st.sampled_from([*TOKENS, "<|", "|>", "<", ">", "[", "]", "/", "«", "»", "…", "ﬃ", "ﷺ", "\u0301", "\ud800", *INVISIBLE]),
+    st.sampled_from(
+        [*TOKENS, "<|", "|>", "<", ">", "[", "]", "/", "«", "»", "…", "ﬃ", "ﷺ", "\u0301", "\ud800", *INVISIBLE]
+    ),
 )
 hostile = st.lists(pieces, max_size=30).map("".join)
 

@@ -22,7 +22,11 @@ from storage.files import Files
 from storage.replies import ASKS, SCHEMA, Replies, encode, standing
 
 MODEL = Model("m", "0" * 40)
-OK, LASTING, PASSING = Reply("yes"), Reply(error="context_too_long", detail="too long"), Reply(error="passing", passing=True)
+OK, LASTING, PASSING = (
+    Reply("yes"),
+    Reply(error="context_too_long", detail="too long"),
+    Reply(error="passing", passing=True),
+)
 
 
 def question(n: int = 0) -> Generate:
@@ -157,7 +161,10 @@ def test_the_process_that_asked_and_any_later_one_agree(steps):
     assert [replies.get(question(n), key(question(n))) for n in range(3)] == mine
 
 
-@given(st.permutations(range(6)), st.lists(st.tuples(answers, st.integers(0, 1), st.integers(0, 3)), min_size=6, max_size=6))
+@given(
+    st.permutations(range(6)),
+    st.lists(st.tuples(answers, st.integers(0, 1), st.integers(0, 3)), min_size=6, max_size=6),
+)
 def test_the_answer_that_holds_does_not_depend_on_the_order_of_rows(order, drawn):
     rows = [
         {

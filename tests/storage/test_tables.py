@@ -96,7 +96,11 @@ def test_a_file_of_someone_else_in_the_folder_is_not_read(tables, files):
 
 
 def test_where_a_row_came_from_is_not_part_of_the_digest():
-    assert content_digest(RICH) == content_digest(RICH.with_columns(ask=pl.lit(b"other"))) == content_digest(RICH.drop("ask"))
+    assert (
+        content_digest(RICH)
+        == content_digest(RICH.with_columns(ask=pl.lit(b"other")))
+        == content_digest(RICH.drop("ask"))
+    )
 
 
 def test_the_width_of_a_number_is_not_part_of_the_digest():

@@ -30,11 +30,17 @@ def stages(store):
             "error": ["context_too_long", "empty_reply", None],
         }
     )
-    steps = pl.DataFrame({"user_id": ["u"], "step": [2], "ask": pl.Series([None], dtype=pl.Binary), "error": ["empty_reply"]})
+    steps = pl.DataFrame(
+        {"user_id": ["u"], "step": [2], "ask": pl.Series([None], dtype=pl.Binary), "error": ["empty_reply"]}
+    )
     adapters = pl.DataFrame({"name": ["a"]})
     made = {"caption": {"captions": captions}, "preference": {"preferences": steps}, "sft": {"adapters": adapters}}
     return {
-        stage: {"tables": {name: {"write_id": store.tables.publish(name, frame, {}).write_id} for name, frame in tables.items()}}
+        stage: {
+            "tables": {
+                name: {"write_id": store.tables.publish(name, frame, {}).write_id} for name, frame in tables.items()
+            }
+        }
         for stage, tables in made.items()
     }
 

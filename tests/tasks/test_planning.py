@@ -178,7 +178,14 @@ def test_prices_count_text_pictures_and_the_longest_answer():
 
 
 def parts(**changed):
-    base = {"params": {"toy": {"prompt": "p"}}, "model": None, "inputs": {"t": "1"}, "source": 1, "sample": None, "code": "c"}
+    base = {
+        "params": {"toy": {"prompt": "p"}},
+        "model": None,
+        "inputs": {"t": "1"},
+        "source": 1,
+        "sample": None,
+        "code": "c",
+    }
     return {**base, **changed}
 
 

@@ -251,7 +251,9 @@ def test_a_retry_fetches_a_picture_whose_bytes_are_gone(store):
 
 def published(store: Store, rows: list[tuple[str, int]]) -> dict[str, Any]:
     engine = toy.Watched(store)
-    return run_stage(store, toy.stage(), toy.inputs(toy.frame(rows)), {"rows": [list(row) for row in rows]}, lambda _: engine, How())
+    return run_stage(
+        store, toy.stage(), toy.inputs(toy.frame(rows)), {"rows": [list(row) for row in rows]}, lambda _: engine, How()
+    )
 
 
 def test_a_published_stage_leaves_a_record_that_points_at_whole_tables(store):
@@ -341,7 +343,9 @@ def wait_for(condition: Any, process: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_run_that_is_interrupted_keeps_every_answer_and_the_next_asks_the_rest(processes, tmp_path, undisturbed, name):
+def test_a_run_that_is_interrupted_keeps_every_answer_and_the_next_asks_the_rest(
+    processes, tmp_path, undisturbed, name
+):
     process, log = started(processes, tmp_path, 0.02)
     wait_for(lambda: len(asked(log)) >= 25, process)
     os.kill(process.pid, getattr(signal, name))

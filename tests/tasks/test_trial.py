@@ -13,7 +13,9 @@ from tasks.work import open_work
 
 
 def test_other_answers_stand_beside_the_published_ones_and_nothing_is_published(small, ran, planned, tmp_path):
-    before = sorted(path for folder in ("tables", "envs", "stages") for path in (tmp_path / "store" / folder).rglob("*"))
+    before = sorted(
+        path for folder in ("tables", "envs", "stages") for path in (tmp_path / "store" / folder).rglob("*")
+    )
     edited = small(caption__prompt='"Name the {item}."')
     shown = trial(edited, "caption", 2)
     assert len(shown) == 2

@@ -47,7 +47,9 @@ def ask(inputs: Inputs, row: Row) -> Chain:
         said, error = reply.value or said, error or reply.error
     vector = yield Embed(MODEL, said)
     x = sum(vector.value) if vector.value else None
-    return [{"name": row["name"], "text": said, "x": x, "ask": question and key(question), "error": error or vector.error}]
+    return [
+        {"name": row["name"], "text": said, "x": x, "ask": question and key(question), "error": error or vector.error}
+    ]
 
 
 def stage(ask: Callable[[Inputs, Row], Chain] = ask, longest_first: str | None = None) -> Stage:

@@ -19,7 +19,12 @@ MODEL = Model("scripted", "1")
 START = datetime(2024, 1, 1, tzinfo=UTC)
 modes = st.sampled_from(["recurrent", "window", "direct"])
 params = st.builds(
-    Params, mode=modes, block=st.integers(1, 4), window=st.integers(1, 5), step=st.integers(1, 5), max_steps=st.integers(0, 4)
+    Params,
+    mode=modes,
+    block=st.integers(1, 4),
+    window=st.integers(1, 5),
+    step=st.integers(1, 5),
+    max_steps=st.integers(0, 4),
 )
 
 
@@ -130,7 +135,10 @@ def test_time_is_said_in_words(days, words):
 
 
 def test_rendered_prompts_are_what_models_were_trained_on(golden):
-    items = [{"at": START + timedelta(days=d), "text": t} for d, t in [(0, "A red mug."), (3, "A {blue} «cap»."), (40, "A lamp.")]]
+    items = [
+        {"at": START + timedelta(days=d), "text": t}
+        for d, t in [(0, "A red mug."), (3, "A {blue} «cap»."), (40, "A lamp.")]
+    ]
     first = preference.recurrent_prompt(Params(), None, items)
     later = preference.recurrent_prompt(Params(), "The user likes red.", items[:1])
     window = preference.window_prompt(Params(mode="window"), items)

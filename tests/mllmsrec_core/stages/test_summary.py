@@ -12,7 +12,14 @@ from mllmsrec_core.stage import Inputs
 from mllmsrec_core.stages import summary
 from mllmsrec_core.stages.summary import Params
 
-WORDS = {"item_id": "1", "title": "Mug {facts}", "category": "Kitchen", "description": None, "sha256": None, "caption": None}
+WORDS = {
+    "item_id": "1",
+    "title": "Mug {facts}",
+    "category": "Kitchen",
+    "description": None,
+    "sha256": None,
+    "caption": None,
+}
 SEEN = {"sha256": "ab", "caption": "A red mug."}
 NOTHING = {"title": None, "category": None, "description": " "}
 

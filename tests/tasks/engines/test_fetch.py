@@ -22,7 +22,8 @@ from mllmsrec_core.ask import Fetch
 from mllmsrec_core.errors import ImageMissing, ImageRefused, ImageUnreadable, Passing
 from storage.blobs import Blobs
 from storage.files import Files
-from tasks.engines.fetch import FORMATS, FetchEngine, check, decode, is_public
+from tasks.engines.fetch import FetchEngine, is_public
+from tasks.engines.pictures import FORMATS, check, decode
 
 
 def encoded(image, format="PNG", **options):
