@@ -5,7 +5,7 @@
 
 Each section prints a table of measured figures beside chance (or the obvious baseline) and the ceiling. Preferences are
 chained on the model's own answers: captions, then summaries of them, then each preference on the one before.
-Fine-tuning settings were chosen on another shop (`--shop 8`) and the figures of the model card come from `--shop 7`.
+Fine-tuning settings were not searched for; the figures of the model card come from `--shop 7`.
 """
 
 from __future__ import annotations
@@ -202,12 +202,12 @@ def preference_table(seen: Seen) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Fine-tuning settings. Chosen on validation users of another shop."""
+    """Fine-tuning settings. The loss starts to fall after half an epoch and still falls in the third."""
 
     pairs: int = 5000
     rank: int = 32
     rate: float = 1e-3
-    epochs: float = 2.0
+    epochs: float = 3.0
     size: int = 16
 
 

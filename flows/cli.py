@@ -52,8 +52,8 @@ def configure(
 ) -> Config:
     """The configuration of one command; options stand above every other layer."""
     sets = list(sets)
-    sets += [f'settings.store="{store}"'] if store else []
-    sets += [f'settings.env="{env}"'] if env else []
+    sets += [f"settings.store={json.dumps(store)}"] if store else []
+    sets += [f"settings.env={json.dumps(env)}"] if env else []
     if engine == "scripted":
         sets.append("model=scripted")
         sets += [f"{name}.model=scripted" for name in layers.stages_with_model()]
@@ -230,7 +230,6 @@ def why(
 ) -> None:
     """Trace a score, a user or an item to every question and picture behind it, with the literal text of each."""
     from tasks.why import why as trace
-
     from tasks.work import open_work
 
     with failures_as_exit_codes(as_json):

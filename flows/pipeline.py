@@ -28,11 +28,14 @@ def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequenc
         raise UsageError(f"there is no stage `{only}`; {nearest(only, NAMES)}")
     store = open_work(config.to_json()).store
     env = environment(config, sample)
-    stages: dict[str, Any] = dict(store.envs.current(env)["stages"]) if only else {}
+    before = store.envs.current(env)["stages"]
+    stages: dict[str, Any] = dict(before) if only else {}
     made: dict[str, Any] = {}
     for name in [only] if only else NAMES:
         state = stage_task(name, config.to_json(), stages, sample, tuple(retry), return_state=True)
-        made[name] = stages[name] = state.result()
+        record = state.result()
+        # a run that asked next to nothing measured no rate; the last one that did still tells the plan
+        made[name] = stages[name] = {**record, "rate": record["rate"] or before.get(name, {}).get("rate")}
     store.envs.move(env, made)
     return made
 

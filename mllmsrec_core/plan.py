@@ -3,6 +3,7 @@
 Placeholders flow into the next stage's inputs, so one pass prices the whole pipeline without a model. A stage whose
 inputs are published is exact as long as its chains have one open question each; a chain's later questions depend on
 answers that do not exist, and a stage behind a due stage may find its inputs unchanged after all: both give intervals.
+Where answers still to come decide how many questions there are (claims of captions), the upper end is an estimate.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def cause(now: dict, before: dict | None) -> str:
     reasons += ["data"] if now["source"] != before["source"] else []
     reasons += ["sample"] if now["sample"] != before["sample"] else []
     reasons += ["code"] if now["code"] != before["code"] else []
-    return "; ".join(reasons) or "its tables are gone"
+    return "; ".join(reasons) or "rows that failed for now are tried again, or its tables are gone"
 
 
 def _changed(params: dict, before: dict, stage: str) -> list[str]:

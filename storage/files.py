@@ -41,6 +41,7 @@ class Files:
             temporary = _temporary(path, content)
             try:
                 os.replace(temporary, path)
+        _sync_folder(folder)
             except BaseException:
                 os.unlink(temporary)
                 raise
@@ -123,3 +124,12 @@ def _temporary(path: str, content: bytes) -> str:
             os.unlink(temporary)
         raise
     return temporary
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename survive a power cut: the name stands in the folder, not in the file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

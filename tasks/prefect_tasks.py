@@ -38,7 +38,8 @@ class Progress:
     def __call__(self, stage: str, counts: Counts) -> None:
         if watch:
             watch(stage, counts)
-        if time.monotonic() - self.updated < SECONDS_BETWEEN_UPDATES:
+        over = counts.done >= counts.rows
+        if not over and time.monotonic() - self.updated < SECONDS_BETWEEN_UPDATES:
             return
         self.updated = time.monotonic()
         share = 100.0 * counts.done / max(1, counts.rows)

@@ -76,7 +76,7 @@ class Recommendations(dy.Schema):
 def user_text(row: Row) -> str:
     """What the prompt says of the user: profile, preference, last titles; each line only where there is something."""
     lines = [
-        row["profile"] and f"User profile: {row['profile']}",
+        row["profile"] and f"User profile: {fence(row['profile'])}",
         row["preference"] and f"The user's preference: {fence(row['preference'])}",
         row["last_titles"] and "Chosen last: " + "; ".join(fence(title) for title in row["last_titles"]),
     ]

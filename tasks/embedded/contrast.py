@@ -138,6 +138,6 @@ def train(
         learn.tower(model.visual, WIDTH, products, images, steps=steps(1500), size=64)
         torch.save(model.visual.state_dict(), kept)
     model.visual.load_state_dict(torch.load(kept))
-    match(model, words, products, images, steps=steps(1000), size=64)
+    match(model, words, products, images, steps=steps(400), size=64)
     tensors = {name: value.to(torch.float16).contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / "open_clip_model.safetensors")

@@ -37,8 +37,8 @@ ALL = (
 class Making:
     """One method per phase; each reads what the ones before left in `scratch`."""
 
-    def __init__(self, scratch: Path, scale: float) -> None:
-        self.scratch, self.scale = scratch, scale
+    def __init__(self, scratch: Path, out: Path, scale: float) -> None:
+        self.scratch, self.out, self.scale = scratch, out, scale
         self.products = demo.assortment(PRODUCTS, SEED, training=True)
 
     def steps(self, count: int) -> int:
@@ -81,10 +81,10 @@ class Making:
             model, words, teacher, images=self.images(), kinds=ALL, steps=self.steps(2600), muon=0.012, adam=1.5e-3
         )
         torch.save(model.state_dict(), self.scratch / "joint")
-        architecture.save(model.eval(), words, HERE / "vlm")
+        architecture.save(model.eval(), words, self.out / "vlm")
 
     def clip_phase(self) -> None:
-        contrast.train(self.products, self.images(), self.scratch, HERE / "clip", self.steps)
+        contrast.train(self.products, self.images(), self.scratch, self.out / "clip", self.steps)
         (self.scratch / "clip").touch()
 
 
@@ -112,6 +112,7 @@ PHASES = ("pictures", "words", "tower", "text", "joint", "clip")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()) / "mllmsrec-embedded")
+    parser.add_argument("--out", type=Path, default=HERE, help="where vlm/ and clip/ are written")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="of all step counts; small to try the script out")
@@ -120,7 +121,7 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.scratch.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(chosen.threads)
-    making = Making(chosen.scratch, chosen.scale)
+    making = Making(chosen.scratch, chosen.out, chosen.scale)
     for phase in PHASES:
         if phase in chosen.only and (phase in chosen.again or not (chosen.scratch / phase).exists()):
             print(f"phase {phase}", flush=True)

@@ -94,7 +94,7 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest(key, said):
 
 
 def test_an_unknown_key_in_the_environment_is_an_error_too():
-    with pytest.raises(UsageError, match="unknown key `caption.promt`; did you mean `prompt`"):
+    with pytest.raises(UsageError, match=r"unknown key `caption.promt`; did you mean `prompt`"):
         load([], [], {"MLLMSREC_CAPTION__PROMT": "x"})
 
 
@@ -116,12 +116,12 @@ def test_a_wrong_value_is_named_with_what_it_should_be(sets, said):
 
 
 def test_every_mistake_is_named_at_once():
-    with pytest.raises(UsageError, match="caption.max_token.*summary.max_token"):
+    with pytest.raises(UsageError, match=r"caption.max_token.*summary.max_token"):
         load([], ["caption.max_token=1", "summary.max_token=1"], {})
 
 
 def test_a_set_without_a_value_shows_how_it_is_written():
-    with pytest.raises(UsageError, match="--set caption.max_tokens: write it as key=value"):
+    with pytest.raises(UsageError, match=r"--set caption.max_tokens: write it as key=value"):
         load([], ["caption.max_tokens"], {})
 
 

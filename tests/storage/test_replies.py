@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllmsrec_core.ask import Choose, Decoding, Embed, Fetch, Generate, Message, Model, Reply, key, render
@@ -143,6 +143,7 @@ answers = st.sampled_from([Reply("a"), Reply("b"), LASTING, Reply(error="empty_r
 rounds = st.lists(st.tuples(st.integers(0, 2), answers, st.integers(0, 1), st.booleans()), max_size=12)
 
 
+@settings(max_examples=30, deadline=None)
 @given(rounds)
 def test_the_process_that_asked_and_any_later_one_agree(steps):
     """Whatever is added, flushed and compacted in whatever order."""

@@ -32,7 +32,8 @@ RICH = pl.DataFrame(
         "ask": [b"1", b"2", None],
     }
 )
-GOLDEN = "d65371f95c326a4cd99b0faa30439e91b292655adcedc8b511b5984eea6cc394"  # a digest that changes with a library makes every stage due again
+# A digest that changes with a library makes every stage due again.
+GOLDEN = "d65371f95c326a4cd99b0faa30439e91b292655adcedc8b511b5984eea6cc394"
 
 
 @pytest.fixture
