@@ -41,10 +41,10 @@ class Files:
             temporary = _temporary(path, content)
             try:
                 os.replace(temporary, path)
-        _sync_folder(folder)
             except BaseException:
                 os.unlink(temporary)
                 raise
+            _sync_folder(os.path.dirname(path))
 
     def create(self, name: str, content: bytes) -> bool:
         """Write `name` unless it exists; False when it does. Two racers never both win."""
