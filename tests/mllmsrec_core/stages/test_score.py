@@ -43,7 +43,7 @@ def scored(shop):
 def test_the_prompt_names_user_then_candidate_then_question_and_the_picture_last():
     (message,) = score.prompt(score.Params(), ROW)
     assert message.parts == (
-        "User profile: Likes office (2 of 3).\n"
+        "User profile: «Likes office (2 of 3).»\n"
         'The user\'s preference: «likes "red" mugs»\n'
         "Chosen last: «Mug A»; «Mug B»\n"
         "Candidate: «A red mug.»\n"
