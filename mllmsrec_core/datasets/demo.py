@@ -376,9 +376,10 @@ def _favourite(values: Sequence[str | None]) -> str | None:
 
 
 def preference_text(preference: Preference) -> str:
+    """A preference in words; each value stands before a noun of its own, by which a small model finds it again."""
     colour = f"{preference['colour']} colours" if preference["colour"] else "any colour"
     pattern = f"{preference['pattern']} patterns" if preference["pattern"] else "any pattern"
-    category = f"{preference['category']}s" if preference["category"] else "any item"
+    category = f"{preference['category']} shapes" if preference["category"] else "any shape"
     return f"The user likes {colour}, {pattern} and {category}."
 
 

@@ -78,7 +78,7 @@ class Making:
         model.load_state_dict(torch.load(self.scratch / "text"))
         model.model.vision_tower.load_state_dict(torch.load(self.scratch / "tower"))
         learn.study(
-            model, words, teacher, images=self.images(), kinds=ALL, steps=self.steps(2600), muon=0.012, adam=1.5e-3
+            model, words, teacher, images=self.images(), kinds=ALL, steps=self.steps(3000), muon=0.012, adam=1.5e-3
         )
         torch.save(model.state_dict(), self.scratch / "joint")
         architecture.save(model.eval(), words, self.out / "vlm")
