@@ -6,7 +6,7 @@ not postponed here: Prefect builds the form in its UI from the parameters' real 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
@@ -33,7 +33,7 @@ def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequenc
     made: dict[str, Any] = {}
     for name in [only] if only else NAMES:
         state = stage_task(name, config.to_json(), stages, sample, tuple(retry), return_state=True)
-        record = state.result()
+        record = cast(dict[str, Any], state.result())
         # a run that asked next to nothing measured no rate; the last one that did still tells the plan
         made[name] = stages[name] = {**record, "rate": record["rate"] or before.get(name, {}).get("rate")}
     store.envs.move(env, made)

@@ -298,7 +298,9 @@ def run_stage(
         "tables": {name: {"write_id": p.write_id, "digest": p.digest, "rows": p.rows} for name, p in tables.items()},
         "counts": counts.__dict__,
         "seconds": seconds,
-        "rate": counts.asked / seconds if counts.asked >= min(MIN_ASKS_FOR_RATE, counts.rows) > 0 else None,  # Asks a second
+        "rate": counts.asked / seconds
+        if counts.asked >= min(MIN_ASKS_FOR_RATE, counts.rows) > 0
+        else None,  # Asks a second
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if not counts.passing:

@@ -21,7 +21,7 @@ from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stage import Inputs
 from mllmsrec_core.stages import summary
 from storage.store import Store
-from tasks.shown import Shown, first, of, read_by
+from tasks.report.shown import Shown, first, of, read_by
 
 if TYPE_CHECKING:
     from tasks.work import Work

@@ -93,7 +93,6 @@ def test_the_adapter_was_trained_and_its_scores_are_of_yes_and_no(shop):
 
 
 def test_clip_tells_a_right_caption_from_one_with_a_wrong_colour(shop):
-    import asyncio
 
     from mllmsrec_core.ask import Embed, Picture
 

@@ -16,11 +16,10 @@ import pytest
 from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stages import STAGES
 from storage.store import Store
-from tasks import figures
 from tasks.config import Config, Pipeline, Settings
-from tasks.report import parameters, rejects, safe, span, toml, write_report
+from tasks.report import figures, parameters, rejects, safe, span, toml, write_report
+from tasks.report.shown import Shown, Thumbnails
 from tasks.run_stage import How
-from tasks.shown import Shown, Thumbnails
 from tasks.stage_task import perform
 from tasks.work import Work, open_work
 

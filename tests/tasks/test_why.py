@@ -11,8 +11,8 @@ import pytest
 from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stages import STAGES
 from tasks.config import Config, Pipeline, Settings
+from tasks.report.shown import Shown
 from tasks.run_stage import How
-from tasks.shown import Shown
 from tasks.stage_task import perform
 from tasks.why import Link, trace, why
 from tasks.work import Work, open_work

@@ -19,9 +19,9 @@ from markupsafe import Markup, escape
 
 import mllmsrec_core
 from mllmsrec_core.stages import STAGES
-from tasks import figures
-from tasks.exhibits import Exhibits
-from tasks.shown import Shown
+from tasks.report import figures
+from tasks.report.exhibits import Exhibits
+from tasks.report.shown import Shown
 
 if TYPE_CHECKING:
     from tasks.work import Work
@@ -76,7 +76,7 @@ def render(shown: Shown) -> str:
 
 def page() -> jinja2.Template:
     """The template, with escaping on and unknown names as errors."""
-    text = (resources.files("tasks") / "report.html.j2").read_text("utf-8")
+    text = (resources.files("tasks.report") / "page.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

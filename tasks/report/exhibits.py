@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from tasks.shown import Shown, Thumbnails, few, first, lookup, of, read_by
+from tasks.report.shown import Shown, Thumbnails, few, first, lookup, of, read_by
 
 CAPTIONS, USERS, FLAGGED = 6, 2, 8
 STEPS = 8  # of one user; the first ones and the newest

@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 from markupsafe import Markup
 
-from tasks import charts
-from tasks.shown import Shown
+from tasks.report import charts
+from tasks.report.shown import Shown
 
 SCORERS = {"model": "model", "itemknn": "ItemKNN", "popularity": "popularity", "random": "random"}  # in this order
 NAMES = {"hr": "HR", "ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "auc_pooled": "AUC, pooled", "recall": "Recall"}
