@@ -2,7 +2,7 @@
 
 Lessons are drawn from the demo shop's generator, on its training side: other seeds, brands and ids than the shop's own,
 and no held-out look, neither drawn nor described. Comparisons of a preference with a candidate are taught word by word,
-in the layout of the scoring prompt. Whether a user would choose a candidate is never asked here: that is learnt by
+in the layout of the scoring prompt. Whether a user would choose a candidate is never answered here: that is learnt by
 fine-tuning alone. So that the words yes and no do not stand for a match beforehand, the yes/no lesson asks in that same
 layout for something unrelated to the preference. Knows nothing of tokens or tensors.
 """
@@ -25,6 +25,8 @@ UNSEEN = Picture("")  # stands where the picture goes; a lesson's `picture` says
 
 WORDS = score.Params(picture=False, prompt="{user}\nCandidate: {item}\nWhich of the candidate's words match?")
 COUNT = score.Params(picture=False, prompt="{user}\nCandidate: {item}\nHow many of the candidate's words match?")
+# The same count behind the words of the scoring question: what a choice hangs on is then at hand when it is asked.
+WEIGH = score.Params(picture=False, prompt=score.PROMPT.replace("Answer yes or no.", "Say how many words match."))
 FACT = score.Params(picture=False, prompt="{user}\nCandidate: {item}\nIs the candidate {{word}}? Answer yes or no.")
 FACTS = score.Params(picture=False, prompt="{user}\nCandidate: {item}\nIs the candidate {{word}}?")
 KINDS = preference.Params(window_prompt="Items a user chose, oldest first:\n{items}\nList colours, patterns and kinds.")
@@ -58,6 +60,7 @@ class Teacher:
             "words": self.words,
             "each": self.each,
             "count": self.count,
+            "weigh": self.weigh,
             "fact": self.fact,
             "facts": self.facts,
             "words_seen": lambda: self.words(seen=True),
@@ -192,6 +195,9 @@ class Teacher:
 
     def count(self, seen: bool = False) -> Lesson:
         return self._compared(COUNT, lambda found: NUMBERS[sum(same for _, same in found)], seen)
+
+    def weigh(self) -> Lesson:
+        return self._compared(WEIGH, lambda found: NUMBERS[sum(same for _, same in found)], seen=False)
 
     def word(self, look: demo.Look) -> tuple[str, bool]:
         """A word that describes the look half the time, drawn without regard to any preference. Kinds are hardest."""

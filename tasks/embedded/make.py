@@ -33,6 +33,12 @@ ALL = (
     *("fact", "question", "words_seen", "caption", "recurrent", "count", "each", "caption", "window", "title"),
 )
 
+# Counting matches is what a yes or no can later be read off, and is learnt last.
+COUNTING = (
+    *("weigh", "caption", "count", "recurrent", "weigh", "each", "fact", "caption", "weigh", "words", "weigh"),
+    *("count", "question", "weigh", "recurrent", "weigh", "fuse", "fact", "caption", "weigh", "window", "title"),
+)
+
 
 class Making:
     """One method per phase; each reads what the ones before left in `scratch`."""
@@ -81,6 +87,15 @@ class Making:
             model, words, teacher, images=self.images(), kinds=ALL, steps=self.steps(3000), muon=0.012, adam=1.5e-3
         )
         torch.save(model.state_dict(), self.scratch / "joint")
+
+    def counting_phase(self) -> None:
+        words, teacher = self.words(), Teacher(self.products, seed=3)
+        model: LlavaForConditionalGeneration = architecture.model(words)
+        model.load_state_dict(torch.load(self.scratch / "joint"))
+        learn.study(
+            model, words, teacher, images=self.images(), kinds=COUNTING, steps=self.steps(1200), muon=0.01, adam=1.2e-3
+        )
+        torch.save(model.state_dict(), self.scratch / "counting")
         architecture.save(model.eval(), words, self.out / "vlm")
 
     def clip_phase(self) -> None:
@@ -106,7 +121,7 @@ class Pooled(Patches):
         return super().forward(images).mean(1)
 
 
-PHASES = ("pictures", "words", "tower", "text", "joint", "clip")
+PHASES = ("pictures", "words", "tower", "text", "joint", "counting", "clip")
 
 
 def main() -> None:
