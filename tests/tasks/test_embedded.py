@@ -19,8 +19,8 @@ SETS = [
     "ingest.demo.items=60",
     "ingest.demo.users=12",
     "ingest.demo.seed=11",
-    "sft.max_examples=64",
-    "sft.epochs=1",
+    "sft.max_examples=192",
+    "sft.epochs=2",
     "settings.flush_rows=50",
 ]
 
