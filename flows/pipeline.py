@@ -11,7 +11,6 @@ from typing import Any, cast
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from mllmsrec_core.errors import UsageError, nearest
 from mllmsrec_core.stages import STAGES
 from tasks.config import Config, Pipeline, Settings
 from tasks.prefect_tasks import stage_task
@@ -24,8 +23,6 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequence[str] = ()) -> dict[str, Any]:
     """Every stage in order, or one on the environment's tables. Returns the stage records by name."""
-    if only and only not in NAMES:
-        raise UsageError(f"there is no stage `{only}`; {nearest(only, NAMES)}")
     store = open_work(config.to_json()).store
     env = environment(config, sample)
     before = store.envs.current(env)["stages"]

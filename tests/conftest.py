@@ -70,7 +70,7 @@ def every_stage(config: Any, retry: frozenset[str] = frozenset()) -> dict[str, A
     return stages
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_all() -> Callable[..., dict[str, Any]]:
     return every_stage
 

@@ -26,18 +26,15 @@ SETS = [
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def shop(tmp_path_factory: pytest.TempPathFactory, run_all: Any) -> dict[str, Any]:
     """Every table of one run; `store` is where it stands."""
     from flows.settings import load
-    from tasks.run_stage import How
-    from tasks.stage_task import perform
     from tasks.work import open_work
 
     store = tmp_path_factory.mktemp("embedded") / "store"
     config = load(["demo"], [*SETS, f"settings.store={store}"], {})
-    work, stages = open_work(config.to_json()), {}
-    for name in STAGE_BY_NAME:
-        stages[name], _ = perform(work, name, stages, How())
+    stages = run_all(config)
+    work = open_work(config.to_json())
     tables = {
         table: work.store.tables.read(table, made["write_id"])
         for record in stages.values()

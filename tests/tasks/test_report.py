@@ -19,24 +19,19 @@ from storage.store import Store
 from tasks.config import Config, Pipeline, Settings
 from tasks.report import figures, parameters, rejects, safe, span, toml, write_report
 from tasks.report.shown import Shown, Thumbnails
-from tasks.run_stage import How
-from tasks.stage_task import perform
 from tasks.work import Work, open_work
 
 Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, run_all: Callable[..., Any]) -> Work:
     """Every stage on a shop of 40 items and 15 users, published as `dev`."""
     settings = Settings(store=str(tmp_path_factory.mktemp("report") / "store"))
     params: dict[str, Any] = {"ingest": {"demo": {"items": 40, "users": 15}}}
-    work = open_work(Config(settings, Pipeline(model="scripted", **params)).to_json())
-    stages: dict[str, Any] = {}
-    for stage in STAGES:
-        stages[stage.name], _ = perform(work, stage.name, stages, How())
-    work.store.envs.move("dev", stages)
-    return work
+    config = Config(settings, Pipeline(model="scripted", **params))
+    run_all(config)
+    return open_work(config.to_json())
 
 
 @pytest.fixture(scope="module")

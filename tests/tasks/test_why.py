@@ -9,26 +9,20 @@ import polars as pl
 import pytest
 
 from mllmsrec_core.errors import UsageError
-from mllmsrec_core.stages import STAGES
 from tasks.config import Config, Pipeline, Settings
 from tasks.report.shown import Shown
-from tasks.run_stage import How
-from tasks.stage_task import perform
 from tasks.why import Link, trace, why
 from tasks.work import Work, open_work
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, run_all: Callable[..., Any]) -> Work:
     """Every stage on a shop of 40 items and 12 users, summaries with visual questions, published as `dev`."""
     settings = Settings(store=str(tmp_path_factory.mktemp("why") / "store"))
     params: dict[str, Any] = {"ingest": {"demo": {"items": 40, "users": 12}}, "summary": {"picture": "both"}}
-    work = open_work(Config(settings, Pipeline(model="scripted", **params)).to_json())
-    stages: dict[str, Any] = {}
-    for stage in STAGES:
-        stages[stage.name], _ = perform(work, stage.name, stages, How())
-    work.store.envs.move("dev", stages)
-    return work
+    config = Config(settings, Pipeline(model="scripted", **params))
+    run_all(config)
+    return open_work(config.to_json())
 
 
 def table(work: Work, name: str) -> pl.DataFrame:
