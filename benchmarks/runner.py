@@ -18,7 +18,7 @@ from mllmsrec_core.stage import Inputs
 from mllmsrec_core.stages import caption
 from storage.store import Store
 from tasks.engines.scripted import MODEL, ScriptedEngine
-from tasks.run_stage import How, run_rows
+from tasks.runner import How, run_rows
 
 ROUNDS = 3
 

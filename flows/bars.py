@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +17,7 @@ from rich.progress import (
 )
 
 from tasks import prefect_tasks
-from tasks.run_stage import Counts
+from tasks.runner import Counts
 
 
 @contextmanager
@@ -55,5 +54,6 @@ def bars(console: Console, as_json: bool, emit: Callable[..., None]) -> Iterator
 
 
 def _note(counts: Counts) -> str:
-    words: list[Any] = [f"asked {counts.asked:,}", f"known {counts.known:,}"]
+    words = [f"asked {counts.asked:,}", f"known {counts.known:,}"]
+    words += [f"carried over {counts.carried:,} rows"] if counts.carried else []
     return ", ".join(words + ([f"failed {counts.failed:,}"] if counts.failed else []))

@@ -5,34 +5,40 @@ after the last stage; a run that dies before leaves records behind from which th
 not postponed here: Prefect builds the form in its UI from the parameters' real types.
 """
 
-from collections.abc import Sequence
+import time
 from typing import Any, cast
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from mllmsrec_core.errors import OutOfTime
 from mllmsrec_core.stages import STAGES
-from tasks.config import Config, Pipeline, Settings
+from tasks.config import Config, Options, Pipeline, Settings
 from tasks.prefect_tasks import stage_task
 from tasks.report import write_report
 from tasks.work import environment, open_work
 
-DEFAULTS, SETTINGS = Pipeline(), Settings()
+DEFAULTS, SETTINGS, OPTIONS = Pipeline(), Settings(), Options()
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequence[str] = ()) -> dict[str, Any]:
-    """Every stage in order, or one on the environment's tables. Returns the stage records by name."""
+def run(config: Config, options: Options = OPTIONS, only: str | None = None) -> dict[str, Any]:
+    """Every stage in order, or one on the environment's tables. Returns the stage records by name.
+
+    A run whose time is over goes no further than a stage that has nothing to show; what it made is published.
+    """
     store = open_work(config.to_json()).store
-    env = environment(config, sample)
+    env = environment(config, options.sample)
     before = store.envs.current(env)["stages"]
+    deadline = time.time() + 60 * options.budget_minutes if options.budget_minutes else None
     stages: dict[str, Any] = dict(before) if only else {}
     made: dict[str, Any] = {}
     for name in [only] if only else NAMES:
-        state = stage_task(name, config.to_json(), stages, sample, tuple(retry), return_state=True)
-        record = cast(dict[str, Any], state.result())
-        # a run that asked next to nothing measured no rate; the last one that did still tells the plan
-        made[name] = stages[name] = {**record, "rate": record["rate"] or before.get(name, {}).get("rate")}
+        state = stage_task(name, config.to_json(), stages, before, options, deadline, return_state=True)
+        record = state.result(raise_on_failure=False)
+        if made and isinstance(record, OutOfTime):
+            break
+        made[name] = stages[name] = cast(dict[str, Any], state.result())
     store.envs.move(env, made)
     return made
 
@@ -41,13 +47,12 @@ def run(config: Config, only: str | None = None, sample: int = 0, retry: Sequenc
 def pipeline(
     params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
     settings: Settings = SETTINGS,
-    sample: int = 0,
-    retry: tuple[str, ...] = (),
+    options: Options = OPTIONS,
 ) -> str:
     """All stages in order, then the report; returns where the report is."""
     config = Config(settings, params)
-    made = run(config, sample=sample, retry=retry)
-    path = write_report(open_work(config.to_json()), environment(config, sample))
+    made = run(config, options)
+    path = write_report(open_work(config.to_json()), environment(config, options.sample))
     create_markdown_artifact(_funnel(made, path), key="run", description="what this run published")
     return path
 
@@ -59,10 +64,9 @@ def stage_flow(name: str) -> Any:
     def one_stage(
         params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
         settings: Settings = SETTINGS,
-        sample: int = 0,
-        retry: tuple[str, ...] = (),
+        options: Options = OPTIONS,
     ) -> dict[str, Any]:
-        return run(Config(settings, params), name, sample, retry)[name]
+        return run(Config(settings, params), options, name)[name]
 
     return one_stage
 

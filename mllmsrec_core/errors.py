@@ -10,6 +10,7 @@ MllmsrecError
 │   └── Passing              trouble that may be over at the next run: 429, 5xx, a timeout
 ├── EngineError         this run: the engine is dead or cannot start; nothing answered so far is lost
 ├── TooManyErrors       this stage: the share of failed rows passed its `max_error_rate`
+├── OutOfTime           this stage: the run's budget was over before anything of it could be published
 ├── ContractError       this table: a column or key is not what the contract promises
 ├── SourceError         this dataset: a file or column is missing, or nothing usable is left
 ├── StoreError          this store: another schema version, a missing table, no space left
@@ -78,6 +79,10 @@ class EngineError(MllmsrecError):
 
 class TooManyErrors(MllmsrecError):
     """The share of failed rows passed the stage's `max_error_rate`."""
+
+
+class OutOfTime(MllmsrecError):
+    """The run's budget was over before a stage that never published anything reached its first row."""
 
 
 class ContractError(MllmsrecError):

@@ -89,18 +89,26 @@ def walk(
     return finished, due
 
 
-def cause(now: dict, before: dict | None) -> str:
+def cause(now: dict, before: dict | None, retry: bool = False, coverage: float = 1.0) -> str:
     """Why a stage is due, in words: the parts of its fingerprint that differ from what the environment shows."""
     if before is None:
         return "never run"
-    reasons = [f"{stage}.{name}" for stage, params in now["params"].items() for name in _changed(params, before, stage)]
+    reasons = ["retry"] if retry else []
+    reasons += [
+        _named(stage, name) for stage, params in now["params"].items() for name in _changed(params, before, stage)
+    ]
     reasons += ["model"] if now["model"] != before["model"] else []
     moved = [table for table in now["inputs"] if now["inputs"][table] != before["inputs"].get(table)]
     reasons += [f"upstream {', '.join(moved)}"] if moved else []
-    reasons += ["data"] if now["source"] != before["source"] else []
-    reasons += ["sample"] if now["sample"] != before["sample"] else []
+    words = {"source": "data", "sample": "sample", "corrections": "correction", "forgotten": "forgotten users"}
+    reasons += [word for name, word in words.items() if now.get(name) != before.get(name)]
     reasons += ["code"] if now["code"] != before["code"] else []
+    reasons += [f"{1 - coverage:.0%} not reached last time"] if coverage < 1 else []
     return "; ".join(reasons) or "rows that failed for now are tried again, or its tables are gone"
+
+
+def _named(stage: str, name: str) -> str:
+    return f"{'prompt' if 'prompt' in name or name == 'questions' else 'param'} {stage}.{name}"
 
 
 def _changed(params: dict, before: dict, stage: str) -> list[str]:

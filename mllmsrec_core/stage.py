@@ -7,7 +7,7 @@ pure arithmetic. Knows nothing of engines, stores or order of execution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Protocol
@@ -79,6 +79,14 @@ class Source(Protocol):
         """
         ...
 
+    def lines(self, name: str) -> Iterator[pl.DataFrame]:
+        """A text file, compressed or not, as frames of `text` and `line` (UInt32, from 1), a bounded number at a time.
+
+        Lines come as written, without their ends and a byte order mark; blank ones are left out, and bytes that are no
+        UTF-8 replaced. Raises SourceError when the file is missing, cannot be read or holds nothing.
+        """
+        ...
+
     def uri(self, name: str) -> str:
         """The absolute URI by which the fetch engine finds `name`; that of the root for an empty name."""
         ...
@@ -97,6 +105,8 @@ class Inputs:
     model: Model | None = None
     source: Source | None = None
     versions: Callable[[list[str]], list[str]] | None = None  # image URIs -> versions, by listing
+    before: Mapping[str, pl.DataFrame] = field(default_factory=dict)  # what a stage that `continues` published last
+    forgotten: Callable[[pl.Series], pl.Series] | None = None  # user ids -> whether each asked to be forgotten
 
     def __getitem__(self, table: str) -> pl.DataFrame:
         return self.tables[table]
@@ -122,6 +132,9 @@ class Stage:
     needs: tuple[str, ...] = ()
     longest_first: str | None = None  # a column of `rows`: units of work with the largest value start first
     outside: Callable[[Inputs], Any] | None = None  # JSON-able: the version of what it reads besides tables
+    unit: tuple[str, ...] = ()  # the columns of `rows` that name a unit of work; none: its rows are never carried over
+    continues: Callable[[Inputs], bool] | None = None  # with these parameters it goes on from its own tables (`before`)
+    pinned: bool = False  # new data alone does not make it due: what the environment shows stands until asked anew
 
 
 def conform(frame: pl.DataFrame, schema: type[dy.Schema]) -> pl.DataFrame:

@@ -1,26 +1,26 @@
-"""Every answer ever given, append-only, and the questions they answer.
+"""Every answer ever given, append-only, the questions they answer, and whom those were about.
 
-Parts lie below `replies/<kind>/<model>/` and are never changed; of two answers to one key the earliest success of the
-newest generation holds. A passing failure never counts as known, a lasting one counts until a retry asks again. The
-rendered questions lie below `asks/`, so that `why` can show them. Knows nothing of stages.
+On shelves below `replies/<kind>/<model>/`, `asks/<kind>/` and `subjects/`; only `remove` takes rows away. Of two answers to
+one key the earliest success of the newest generation holds. A passing failure never counts as known, a lasting one
+counts until a retry asks again, and a correction is read before either. Knows nothing of stages.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import time
-import uuid
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, Protocol, get_args
 
 import polars as pl
 
 from mllmsrec_core.ask import Ask, Kind, Reply, kind, model_of, render
-from mllmsrec_core.errors import StoreError
+from storage.corrections import Correction
 from storage.files import Files
+from storage.shelf import Cache, Shelf
 
 SCHEMA = {
     "key": pl.Binary,
@@ -36,7 +36,11 @@ SCHEMA = {
     "at": pl.Datetime("us", "UTC"),
 }
 ASKS = {"key": pl.Binary, "ask": pl.String}
-READS = 5  # a compaction may take parts away between listing and reading; it cannot do so for ever
+SUBJECTS = {"key": pl.Binary, "subject": pl.Binary}
+DEPTH = {"replies": 3, "asks": 2, "subjects": 1}  # names in the path of a shelf
+SUBJECT_ROWS = 20_000  # a part of 600 kB
+PAIRS_REMEMBERED = 500_000  # some 100 MB; a pair met again after so many others is written twice, and merged away later
+EPOCH, MICROSECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(microseconds=1)
 
 
 def encode(question: Kind, value: Any) -> bytes | None:
@@ -61,33 +65,41 @@ def decode(question: Kind, value: bytes | None) -> Any:
     return json.loads(value)
 
 
-@dataclass(frozen=True)
-class Known:
-    """The answers that hold for one kind and model, and where each key stands in them."""
+class Corrections(Protocol):
+    """What overrules answers: the newest decision about a key, and how often its question was opened again."""
 
-    frame: pl.DataFrame
-    index: dict[bytes, int]
+    def all(self) -> pl.DataFrame:
+        """Every decision, with its `key`."""
+        ...
+
+    def of(self, key: bytes) -> Correction | None:
+        """The newest decision about a key."""
+        ...
+
+    def generation(self, key: bytes) -> int:
+        """How often the question was opened again; 0 for most."""
+        ...
 
 
-@dataclass(frozen=True)
-class Held:
-    """An answer as it reads back from disk, with what decides whether it holds."""
+class Row(NamedTuple):
+    """One answer as it lies on a shelf: the columns of SCHEMA."""
 
-    question: Kind
+    key: bytes
+    value: bytes | None
+    error: str | None
+    detail: str | None
+    passing: bool
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+    engine: str
     generation: int
-    reply: Reply
+    at: datetime
 
-    def over(self, other: Held | None) -> bool:
-        """Whether this answer, the later one, holds over `other`: `standing` for two rows."""
-        if other is None or other.reply.passing:
-            return True
-        if self.reply.passing or self.generation < other.generation:
-            return False
-        return self.generation > other.generation or other.reply.error is not None
-
-
-def _folder(question: str, model: str) -> str:
-    return f"replies/{question}/{model}"
+    def reply(self, question: Kind) -> Reply:
+        """The answer as its asker reads it."""
+        rest = (self.error, self.detail, self.tokens_in, self.tokens_out, self.seconds, self.engine, self.passing)
+        return Reply(decode(question, self.value), *rest)  # type: ignore[arg-type]
 
 
 def standing(frame: pl.DataFrame) -> pl.DataFrame:
@@ -98,154 +110,289 @@ def standing(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(~pl.col("passing")).sort(order).unique("key", keep="first", maintain_order=True).sort("key")
 
 
+def holding(rows: list[Row]) -> Row | None:
+    """`standing` for the rows of one key, in no order."""
+    lasting = [row for row in rows if not row.passing]
+    return lasting[0] if len(lasting) == 1 else min(lasting, key=_order, default=None)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    at, failed = (row.at - EPOCH) // MICROSECOND, row.error is not None
+    ties = ((text is not None, text or type(empty)()) for text, empty in zip(row[1:4], (b"", "", ""), strict=True))
+    return -row.generation, failed, -at if failed else at, *ties
+
+
+def _told(rows: list[Row]) -> Row | None:
+    """What can be shown of a key: the answer that holds, else the latest failure that passes."""
+    return holding(rows) or max(rows, key=lambda row: row.at, default=None)
+
+
+def _folder(question: str, model: str) -> str:
+    return f"replies/{question}/{model}"
+
+
+def _root(folder: str) -> str:
+    return folder.split("/", 1)[0]
+
+
+def _kind(folder: str) -> Kind:
+    return folder.split("/")[1]  # type: ignore[return-value]
+
+
 class Replies:
     """Reads answers by key and appends new ones in buffered parts; `flush` makes everything added durable."""
 
-    def __init__(self, files: Files, flush_rows: int = 500, flush_seconds: float = 5.0) -> None:
-        self.files = files
+    def __init__(
+        self, files: Files, flush_rows: int = 500, flush_seconds: float = 5.0, corrections: Corrections | None = None
+    ) -> None:
+        self.files, self.corrections = files, corrections
         self.flush_rows, self.flush_seconds = flush_rows, flush_seconds
-        self._known: dict[tuple[str, str], Known] = {}  # as of the first look at a folder
-        self._fresh: dict[bytes, Held] = {}  # added here since
-        self._waiting: list[tuple[str, str, dict[str, Any], str]] = []
-        self._waits_since = 0.0  # when the oldest of those was added
+        self._cache = Cache()
+        self._shelves: dict[str, Shelf] = {}  # by folder, those used so far
+        self._waiting: list[tuple[str, str, Row, str]] = []
+        self._fresh: dict[bytes, list[tuple[str, Row]]] = {}  # the same by key: folder and row
+        self._pairs: list[bytes] = []  # of key and subject, waiting
+        self._seen: set[bytes] = set()  # pairs this process has taken
+        self._waits_since = 0.0  # when the oldest of what waits was added
 
     def get(self, ask: Ask, key: bytes, retry: frozenset[str] = frozenset()) -> Reply | None:
         """The answer that holds, or None when the question is open. Failures whose class is in `retry` count as open."""
-        held = self._held(kind(ask), model_of(ask), key)
-        if held is None or held.reply.passing:
+        correction = self.corrections.of(key) if self.corrections else None
+        if correction and (ruled := _ruled(correction)):
+            return ruled
+        question = kind(ask)
+        row = holding(self._rows(_folder(question, model_of(ask)), key))
+        if row is None or (correction and row.generation < self._generation(key)):
             return None
-        return None if held.reply.error is not None and {held.reply.error, "all"} & retry else held.reply
+        return None if row.error is not None and {row.error, "all"} & retry else row.reply(question)
 
     def find(self, key: bytes) -> tuple[Kind, Reply] | None:
-        """An answer by its key alone, wherever it lies (for `why` and `errors`)."""
-        looked_at = list(self._known)
-        held = self._fresh.get(key) or self._first(looked_at, key)
-        if held is None:
-            parts = (name.split("/") for name in self.files.names("replies", ".parquet"))
-            folders = dict.fromkeys((question, model) for _, question, model, _ in parts)
-            held = self._first([folder for folder in folders if folder not in looked_at], key)
-        return held and (held.question, held.reply)
+        """An answer by its key alone, wherever it lies (for `why` and `errors`); also one that is to be asked again."""
+        found = self.given(key)
+        return found and (found[0], self._overruled(key) or found[1])
+
+    def given(self, key: bytes) -> tuple[Kind, Reply] | None:
+        """`find` without corrections: what the model said."""
+        opened = [folder for folder in self._shelves if folder.startswith("replies/")]
+        return self._first(opened, key) or self._first((f for f in self._folders("replies") if f not in opened), key)
 
     def question(self, key: bytes) -> dict[str, Any] | None:
         """The rendered Ask behind a key."""
-        for part in self._parts("asks", ASKS):
-            hit = part.filter(pl.col("key") == key)
-            if not hit.is_empty():
-                return json.loads(hit["ask"][0])
-        return None
+        return self.questions([key]).get(key)
 
-    def add(self, ask: Ask, key: bytes, reply: Reply, generation: int = 0) -> Reply:
+    def questions(self, keys: Iterable[bytes]) -> dict[bytes, dict[str, Any]]:
+        """The rendered Asks behind the keys, of those that are in the store; each part is read once."""
+        left, found = set(keys), dict[bytes, dict[str, Any]]()
+        for question in get_args(Kind):
+            shelf = self._shelf(f"asks/{question}")
+            shelf.look()
+            for piece in shelf.lookups(_series(left)):
+                found |= {key: json.loads(text) for key, text in piece.iter_rows()}
+            left -= found.keys()
+        return found
+
+    def replies(self, keys: Iterable[bytes]) -> dict[bytes, tuple[Kind, Reply]]:
+        """`find` for many keys, of those that were ever answered; each part is read once."""
+        left, found = set(keys), dict[bytes, tuple[Kind, Reply]]()
+        for folder in self._folders("replies"):
+            rows: dict[bytes, list[Row]] = {}
+            for piece in self._shelf(folder).lookups(_series(left)):
+                for values in piece.iter_rows():
+                    rows.setdefault(values[0], []).append(Row._make(values))
+            for key in left & self._fresh.keys():
+                rows.setdefault(key, []).extend(row for place, row in self._fresh[key] if place == folder)
+            for key, some in rows.items():
+                if row := _told(some):
+                    found[key] = (_kind(folder), self._overruled(key) or row.reply(_kind(folder)))
+            left -= found.keys()
+        return found
+
+    def known(self, question: Kind, model: str, keys: pl.Series) -> pl.Series:
+        """For each key of a column whether its question is closed: by a success, a lasting failure or a correction.
+
+        `model` is the name of `model_of`. In the order of `keys`; memory grows with their number, not with the store's.
+        """
+        folder = _folder(question, model)
+        columns = ["key", "generation", "passing"]
+        fresh = [row for rows in self._fresh.values() for place, row in rows if place == folder]
+        waiting = pl.DataFrame(fresh, SCHEMA, orient="row").select(columns)
+        ruled = self._corrected(keys)
+        closed = []
+        for piece in (waiting, *self._shelf(folder).lookups(keys, columns)):
+            lasting = piece.filter(~pl.col("passing"))
+            closed.append(lasting.select("key"))
+            touched = lasting.filter(pl.col("key").is_in(_series(ruled).implode())) if ruled else lasting.clear()
+            for key, generation, _ in touched.iter_rows():
+                ruled[key] = ruled[key] or generation >= self._generation(key)
+        held = pl.concat(closed).to_series().unique()
+        if ruled:
+            held = held.filter(~held.is_in(_series(ruled).implode()))
+            held = pl.concat([held, _series(key for key, is_closed in ruled.items() if is_closed)])
+        return keys.is_in(held.implode())
+
+    def add(self, ask: Ask, key: bytes, reply: Reply) -> Reply:
         """Buffer an answer; it is durable after the next flush, which happens by count, by time, or when asked.
 
         Returns the answer as it will be read back (vectors in float32), so that a run and its repetition see the same.
         """
-        question = kind(ask)
-        value = encode(question, reply.value)
-        held = Held(question, generation, replace(reply, value=decode(question, value)))
-        row = {
-            "key": key,
-            "value": value,
-            **{name: getattr(reply, name) for name in ("error", "detail", "passing", "tokens_in", "tokens_out")},
-            "seconds": reply.seconds,
-            "engine": reply.engine,
-            "generation": generation,
-            "at": datetime.now(UTC),
-        }
-        if not self._waiting:
-            self._waits_since = time.monotonic()
-        self._waiting.append((question, model_of(ask), row, render(ask)))
-        if held.over(self._held(question, model_of(ask), key)):
-            self._fresh[key] = held
+        question, model = kind(ask), model_of(ask)
+        row = Row(
+            key,
+            encode(question, reply.value),
+            *(reply.error, reply.detail, reply.passing, reply.tokens_in, reply.tokens_out, reply.seconds, reply.engine),
+            self._generation(key),
+            datetime.now(UTC),
+        )
+        self._starts_to_wait()
+        self._waiting.append((question, model, row, render(ask)))
+        self._fresh.setdefault(key, []).append((_folder(question, model), row))
         if len(self._waiting) >= self.flush_rows:
             self.flush()
-        return held.reply
+        return replace(reply, value=decode(question, row.value))
+
+    def used(self, key: bytes, subjects: Iterable[bytes]) -> None:
+        """Note, for the next flush, whom (16 bytes each) a question is about; what was noted before costs nothing."""
+        for subject in subjects:
+            pair = key + subject
+            if pair not in self._seen:
+                self._starts_to_wait()
+                self._seen.add(pair)
+                self._pairs.append(pair)
+        if len(self._pairs) >= SUBJECT_ROWS:
+            self.flush()
 
     def flush_if_old(self) -> None:
-        """Flush when the oldest buffered answer has waited `flush_seconds`."""
-        if self._waiting and time.monotonic() - self._waits_since >= self.flush_seconds:
+        """Flush when the oldest of what is buffered has waited `flush_seconds`."""
+        if (self._waiting or self._pairs) and time.monotonic() - self._waits_since >= self.flush_seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Write the buffered questions, then their answers. A failed write keeps the buffer."""
-        waiting = self._waiting
-        groups: dict[tuple[str, str], list[tuple[dict[str, Any], str]]] = {}
-        for question, model, row, text in waiting:
+        """Write what is buffered: whom the questions are about, the questions, their answers. A failed write keeps it."""
+        self._flush_subjects()
+        groups: dict[tuple[str, str], list[tuple[Row, str]]] = {}
+        for question, model, row, text in self._waiting:
             groups.setdefault((question, model), []).append((row, text))
         for (question, model), rows in groups.items():
-            part = f"part-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet"
-            asks = pl.DataFrame([{"key": row["key"], "ask": text} for row, text in rows], schema=ASKS)
-            self._write(f"asks/{question}/{part}", asks)
-            self._write(f"{_folder(question, model)}/{part}", pl.DataFrame([row for row, _ in rows], schema=SCHEMA))
-        self._waiting = []
+            asks = pl.DataFrame([(row.key, text) for row, text in rows], ASKS, orient="row")
+            self._shelf(f"asks/{question}").append(asks)
+            self._shelf(_folder(question, model)).append(pl.DataFrame([row for row, _ in rows], SCHEMA, orient="row"))
+        self._waiting, self._fresh = [], {}
+        for shelf in self._shelves.values():
+            if shelf.due:
+                shelf.compact()
+
+    def refresh(self) -> None:
+        """See what other processes have answered since; one listing per kind and model asked about so far."""
+        for folder, shelf in self._shelves.items():
+            if folder.startswith("replies/"):
+                shelf.refresh()
 
     def compact(self, most_parts: int = 8) -> int:
-        """Merge folders of more than `most_parts` parts into one part each; returns how many parts went away.
+        """Merge small parts wherever more than `most_parts` have gathered; returns how many parts were taken away."""
+        self.flush()
+        shelves = (self._shelves.get(folder) or self._new_shelf(folder) for folder in self._folders())
+        return sum(shelf.compact(most_parts) for shelf in shelves)
 
-        What was read so far is forgotten with it: the next question reads it again, and a long run stays small.
+    def remove(self, keys: Iterable[bytes]) -> dict[str, int]:
+        """Take answers, questions and subjects of the keys away; rows gone from `replies`, `asks` and `subjects`.
+
+        Nobody else may write meanwhile.
         """
         self.flush()
-        self._known, self._fresh = {}, {}
-        folders: dict[str, list[str]] = {}
-        for name in self.files.names("replies", ".parquet") + self.files.names("asks", ".parquet"):
-            folders.setdefault(name.rsplit("/", 1)[0], []).append(name)
-        return sum(self._merge(folder, names) for folder, names in folders.items() if len(names) > most_parts)
+        keys, gone = list(keys), {root: 0 for root in DEPTH}
+        for folder in self._folders():
+            gone[_root(folder)] += self._shelf(folder).remove(keys)
+        self._seen.clear()
+        return gone
 
-    def _merge(self, folder: str, names: list[str]) -> int:
-        """The merged part is whole before the first old one goes; a crash between leaves duplicates, which readers ignore."""
-        schema = ASKS if folder.startswith("asks/") else SCHEMA
-        try:
-            frame = pl.concat([self._read(name, schema) for name in names]).unique(maintain_order=True).sort("key")
-        except FileNotFoundError:  # another process is merging the same folder
-            return 0
-        self._write(f"{folder}/part-{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}.parquet", frame)
-        for name in names:
-            self.files.remove(name)
-        return len(names) - 1
+    def remove_subjects(self, subjects: Iterable[bytes]) -> int:
+        """Take subjects out of `subjects/`, whatever they were noted for; returns how many rows went."""
+        self.flush()
+        self._seen.clear()
+        return self._shelf("subjects").remove_where(pl.col("subject").is_in(list(subjects)))
 
-    def _held(self, question: Kind, model: str, key: bytes) -> Held | None:
-        return self._fresh.get(key) or self._stored(question, model, key)
+    def keys_of(self, subject: bytes) -> list[bytes]:
+        """Every question about a subject, sorted; reads all of `subjects/`."""
+        self.flush()
+        about = (piece.filter(pl.col("subject") == subject)["key"] for piece in self._shelf("subjects").pieces())
+        return sorted({key for keys in about for key in keys})
 
-    def _first(self, folders: list[tuple[str, str]], key: bytes) -> Held | None:
-        found = (self._stored(question, model, key) for question, model in folders)  # type: ignore[arg-type]
-        return next((held for held in found if held), None)
+    def shared(self, keys: Iterable[bytes], subject: bytes) -> set[bytes]:
+        """Those of the keys that were used for another subject, too."""
+        self.flush()
+        shelf = self._shelf("subjects")
+        shelf.look()
+        others = (piece.filter(pl.col("subject") != subject)["key"] for piece in shelf.lookups(_series(keys)))
+        return {key for keys in others for key in keys}
 
-    def _stored(self, question: Kind, model: str, key: bytes) -> Held | None:
-        known = self._known.get((question, model)) or self._load(question, model)
-        position = known.index.get(key)
-        if position is None:
-            return None
-        row = known.frame.row(position, named=True)
-        fields = ("error", "detail", "passing", "tokens_in", "tokens_out", "seconds", "engine")
-        reply = Reply(decode(question, row["value"]), **{name: row[name] for name in fields})
-        return Held(question, row["generation"], reply)
+    def scan(self) -> Iterator[tuple[str, pl.DataFrame]]:
+        """Every durable row of answers, questions and subjects, in pieces with the folder each lies below."""
+        for folder in self._folders():
+            yield from ((folder, piece) for piece in self._shelf(folder).pieces())
 
-    def _load(self, question: str, model: str) -> Known:
-        frame = standing(pl.concat([pl.DataFrame(schema=SCHEMA), *self._parts(_folder(question, model), SCHEMA)]))
-        known = Known(frame, {key: position for position, key in enumerate(frame["key"])})
-        self._known[question, model] = known
-        return known
+    def _rows(self, folder: str, key: bytes) -> list[Row]:
+        rows = [Row._make(values) for values in self._shelf(folder).rows(key)]
+        return rows + [row for place, row in self._fresh[key] if place == folder] if key in self._fresh else rows
 
-    def _parts(self, folder: str, schema: dict[str, Any]) -> list[pl.DataFrame]:
-        """Every part below `folder`. One that a compaction took away has its rows in another: then all are listed again."""
-        for left in reversed(range(READS)):
-            try:
-                return [self._read(name, schema) for name in self.files.names(folder, ".parquet")]
-            except FileNotFoundError:
-                if not left:
-                    raise
-        return []
+    def _first(self, folders: Iterable[str], key: bytes) -> tuple[Kind, Reply] | None:
+        for folder in folders:
+            if row := _told(self._rows(folder, key)):
+                return _kind(folder), row.reply(_kind(folder))
+        return None
 
-    def _read(self, name: str, schema: dict[str, Any]) -> pl.DataFrame:
-        content = io.BytesIO(self.files.read(name))
-        try:
-            return pl.read_parquet(content).select(pl.col(column).cast(dtype) for column, dtype in schema.items())
-        except pl.exceptions.PolarsError as error:
-            raise StoreError(
-                f"{self.files.path(name)} cannot be read ({error}); it was damaged or written by hand. Bring it back from "
-                "a copy, or move it away: what only it held is then asked again."
-            ) from error
+    def _generation(self, key: bytes) -> int:
+        return self.corrections.generation(key) if self.corrections else 0
 
-    def _write(self, name: str, frame: pl.DataFrame) -> None:
-        buffer = io.BytesIO()
-        frame.write_parquet(buffer, compression="zstd")
-        self.files.write(name, buffer.getvalue())
+    def _overruled(self, key: bytes) -> Reply | None:
+        correction = self.corrections.of(key) if self.corrections else None
+        return _ruled(correction) if correction else None
+
+    def _corrected(self, keys: pl.Series) -> dict[bytes, bool]:
+        """Those of the keys that were corrected, and whether the correction itself answers."""
+        if not self.corrections:
+            return {}
+        corrected = self.corrections.all()["key"].unique()
+        corrected = corrected.filter(corrected.is_in(keys.implode()))
+        return {key: self._overruled(key) is not None for key in corrected}
+
+    def _flush_subjects(self) -> None:
+        if self._pairs:
+            rows = [(pair[:32], pair[32:]) for pair in self._pairs]
+            self._shelf("subjects").append(pl.DataFrame(rows, SUBJECTS, orient="row"))
+            self._pairs = []
+        if len(self._seen) > PAIRS_REMEMBERED:
+            self._seen.clear()
+
+    def _starts_to_wait(self) -> None:
+        if not self._waiting and not self._pairs:
+            self._waits_since = time.monotonic()
+
+    def _shelf(self, folder: str) -> Shelf:
+        if folder not in self._shelves:
+            self._shelves[folder] = self._new_shelf(folder)
+        return self._shelves[folder]
+
+    def _new_shelf(self, folder: str) -> Shelf:
+        schema = {"replies": SCHEMA, "asks": ASKS, "subjects": SUBJECTS}[_root(folder)]
+        shelf = Shelf(self.files, folder, schema, self._cache)
+        if _root(folder) == "asks":
+            shelf.spill_rows //= 4  # level 0 is merged in memory, and prompts are some times as long as answers
+        return shelf
+
+    def _folders(self, *roots: str) -> list[str]:
+        """The folders of every shelf on disk, and of what was only added here; by default below all three roots."""
+        folders = {folder for rows in self._fresh.values() for folder, _ in rows if "replies" in roots}
+        for root in roots or DEPTH:
+            folders |= {"/".join(name.split("/")[: DEPTH[root]]) for name in self.files.names(root, ".parquet")}
+        return sorted(folders)
+
+
+def _ruled(correction: Correction) -> Reply | None:
+    """The answer a correction gives itself; None where it opens the question again."""
+    if correction.action == "replace":
+        return Reply(correction.text, engine="correction")
+    return Reply(error="banned", detail=correction.reason) if correction.action == "ban" else None
+
+
+def _series(keys: Iterable[bytes]) -> pl.Series:
+    return pl.Series("key", list(keys), pl.Binary)

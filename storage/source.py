@@ -7,27 +7,37 @@ Knows file formats, not datasets: what a column means is the reader's business.
 from __future__ import annotations
 
 import csv
+import io
 import json
+import lzma
 import os
+import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
-import fsspec
 import polars as pl
 import pyarrow
 import pyarrow.dataset
+from fsspec.compression import compr
 from fsspec.core import split_protocol
+from fsspec.utils import infer_compression
 
 from mllmsrec_core.datasets import REJECTS
-from mllmsrec_core.errors import SourceError, nearest
+from mllmsrec_core.errors import SourceError, StoreError, UsageError, nearest
 from storage.files import Files
+
+T = TypeVar("T")
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".psv": "|", ".ssv": ";"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+PIECE = 1 << 26  # bytes of text turned into a frame at a time
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK = 100_000  # rows of text turned into a frame at a time, so that 10 million never stand in Python objects at once
 
 # Where file systems keep what changes when a file does, best first.
@@ -36,7 +46,10 @@ UNKNOWN, ABSENT = "unknown", "absent"
 
 
 class FsspecSource:
-    """The dataset at `url`. Pictures may also lie below `image_roots`; nothing elsewhere is ever listed."""
+    """The dataset at `url`. Pictures may also lie below `image_roots`; nothing elsewhere is ever listed.
+
+    Behind a network, trouble that passes is waited out; what stays is a SourceError.
+    """
 
     def __init__(self, url: str, image_roots: Sequence[str] = ()) -> None:
         self.url = url
@@ -47,7 +60,7 @@ class FsspecSource:
 
     def names(self, under: str = "") -> list[str]:
         """Every file below `under`, sorted; empty where there is no such folder."""
-        return self.files.names(under)
+        return _of_source(lambda: self.files.names(under))
 
     def uri(self, name: str) -> str:
         """The absolute path (local) or URL (elsewhere) of `name`; of the root for an empty name."""
@@ -57,7 +70,7 @@ class FsspecSource:
     def version(self, name: str) -> str | None:
         """ETag, or size and mtime, of one file; None when there is no such file."""
         try:
-            info = self.files.fs.info(self.files.path(name))
+            info = self._steadily(name, lambda: self.files.fs.info(self.files.path(name)))
         except FileNotFoundError:
             return None
         return _version(info) if info["type"] == "file" else None
@@ -80,13 +93,16 @@ class FsspecSource:
         try:
             if not any(inside(folder, root) for root in self.roots):
                 return dict.fromkeys(members, UNKNOWN)
-            fs, path = fsspec.url_to_fs(folder)
-            fs.invalidate_cache()
-            infos = fs.ls(path, detail=True)
+            files = Files(folder)
+            infos = files.steadily("", lambda: files.fs.ls(files.root, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             infos = []
-        except (OSError, ValueError):  # a folder nobody may list, a name no file system takes: the fetch will tell
+        except (OSError, ValueError, UsageError):  # nobody may list it, no file system takes it: the fetch will tell
             return dict.fromkeys(members, UNKNOWN)
+        except StoreError as error:
+            if isinstance(error.__cause__, PermissionError):
+                return dict.fromkeys(members, UNKNOWN)
+            raise SourceError(str(error)) from error  # a version read another time is another question
         by_name = {info["name"].rpartition("/")[2]: _version(info) for info in infos if info["type"] == "file"}
         return {uri: by_name.get(uri.rpartition("/")[2], ABSENT) for uri in members}
 
@@ -94,7 +110,7 @@ class FsspecSource:
         """The rows of a file, and its broken ones: see `mllmsrec_core.stage.Source`."""
         plain = name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
         extension = os.path.splitext(plain)[1].lower()
-        if extension == ".parquet" or self.files.fs.isdir(self.files.path(name)):
+        if extension == ".parquet" or self._isdir(name):
             frame = self._parquet(name)
             return _wanted(frame, columns, frame.columns, self.uri(name)), pl.DataFrame(schema=REJECTS)
         content = self._read(name)
@@ -111,6 +127,22 @@ class FsspecSource:
         rejects = pl.DataFrame([(name, line, reason) for line, reason in broken], schema=REJECTS, orient="row")
         return _wanted(frame, columns, known, self.uri(name)), rejects
 
+    def lines(self, name: str) -> Iterator[pl.DataFrame]:
+        """The lines of a text file, a bounded number at a time: see `mllmsrec_core.stage.Source`."""
+        content, start, first, filled = self._read(name).removeprefix(b"\xef\xbb\xbf"), 0, 1, False
+        while start < len(content):
+            end = content.find(b"\n", start + PIECE) + 1 or len(content)
+            text = content[start:end].removesuffix(b"\n").decode("utf-8", "replace")
+            split = pl.Series("text", [text]).str.split("\n").explode().str.strip_suffix("\r")
+            frame = split.to_frame().with_row_index("line", first).select("text", "line")
+            start, first = end, first + frame.height
+            frame = frame.filter(pl.col("text").str.strip_chars() != "")
+            if frame.height:
+                filled = True
+                yield frame
+        if not filled:
+            raise SourceError(f"{self.uri(name)} is empty; export or download it again")
+
     def _missing(self, name: str) -> SourceError:
         known = self.names()
         if not known:
@@ -120,34 +152,71 @@ class FsspecSource:
 
     def _read(self, name: str) -> bytes:
         try:
-            with self.files.fs.open(self.files.path(name), "rb", compression="infer") as file:
-                content = file.read()
+            content = _of_source(lambda: self.files.read(name))
+            if packed := infer_compression(name):
+                unpack: Any = compr.get(packed)  # type: ignore[call-overload]
+                content = unpack(io.BytesIO(content), mode="rb").read()
         except FileNotFoundError as error:
             raise self._missing(name) from error
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise SourceError(f"cannot read {self.uri(name)}: {error}; export or download it again") from error
-        if not content.strip():
+        if not content.removeprefix(BYTE_ORDER_MARK).strip():
             raise SourceError(f"{self.uri(name)} is empty; export or download it again")
         return content
 
     def _parquet(self, name: str) -> pl.DataFrame:
         """A Parquet file or a folder of them with key=value folders as columns; parts in the order of their names."""
-        path = self.files.path(name)
-        if not self.files.fs.exists(path):
+        if not _of_source(lambda: self.files.exists(name)):
             raise self._missing(name)
-        whole = name if self.files.fs.isdir(path) else ""
-        parts = [self.files.path(part) for part in self.names(whole) if part.endswith(".parquet")] if whole else [path]
+        parts = [part for part in self.names(name) if part.endswith(".parquet")] if self._isdir(name) else [name]
         if not parts:
             raise SourceError(f"{self.uri(name)} holds no .parquet file; check the path")
         try:
-            found = pyarrow.dataset.dataset(
-                parts, filesystem=self.files.fs, format="parquet", partitioning="hive", partition_base_dir=path
-            )
-            frame = pl.from_arrow(found.to_table())
+            with self._at_hand(parts) as root:
+                paths = [os.path.join(root, part) for part in parts]
+                base = os.path.join(root, name)
+                found = pyarrow.dataset.dataset(paths, format="parquet", partitioning="hive", partition_base_dir=base)
+                table = found.to_table()
+                table.validate(full=True)  # a damaged page may hold text that is no UTF-8
+                frame = pl.from_arrow(table)
         except (OSError, pyarrow.ArrowException) as error:
             raise SourceError(f"cannot read {self.uri(name)} as Parquet: {error}; export it again") from error
         assert isinstance(frame, pl.DataFrame)
         return frame.with_columns(line=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32))
+
+    @contextmanager
+    def _at_hand(self, names: list[str]) -> Iterator[str]:
+        """A local root below which these files lie: from elsewhere they are fetched whole.
+
+        Through fsspec, pyarrow would take a connection that fails for a file that is not there.
+        """
+        if self.files.local:
+            yield self.files.root
+            return
+        with TemporaryDirectory(prefix="mllmsrec-") as root:
+            for name in names:
+                path = os.path.join(root, name)
+                if not inside(path, root):  # a key may hold `..`
+                    raise SourceError(f"{self.uri(name)} leads out of its folder; rename it")
+                content = _of_source(lambda name=name: self.files.read(name))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(content)
+            yield root
+
+    def _isdir(self, name: str) -> bool:
+        return self._steadily(name, lambda: self.files.fs.isdir(self.files.path(name)))
+
+    def _steadily(self, name: str, action: Callable[[], T]) -> T:
+        return _of_source(lambda: self.files.steadily(name, action))
+
+
+def _of_source(action: Callable[[], T]) -> T:
+    """What `action` returns; what would be trouble of the store is trouble of the dataset here."""
+    try:
+        return action()
+    except StoreError as error:
+        raise SourceError(str(error)) from error
 
 
 def inside(uri: str, root: str) -> bool:
@@ -199,8 +268,12 @@ Broken = list[tuple[int, str]]  # line, reason
 def _delimited(content: bytes, delimiter: str, where: str) -> tuple[pl.DataFrame, Broken]:
     """A delimited text file; without any quote it is split by columns, else record by record."""
     text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    first = next(csv.reader(text.split("\n", 1), delimiter=delimiter))
-    header = [name.strip() for name in first]
+    try:
+        header = [name.strip() for name in next(csv.reader(text.split("\n", 1), delimiter=delimiter))]
+    except csv.Error as error:
+        raise SourceError(f"the header of {where} cannot be read: {error}; export it again") from error
+    if not header:
+        raise SourceError(f"the first line of {where} is empty; it has to name the columns")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise SourceError(f"{where} has the column `{twice}` twice; rename one in the header")
@@ -264,7 +337,7 @@ def _json_lines(content: bytes, wanted: set[str] | None) -> tuple[pl.DataFrame, 
     known: set[str] = set()
 
     def rows() -> Iterator[dict[str, Any]]:
-        for line, text in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        for line, text in enumerate(content.removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):
             if not text.strip():
                 continue
             try:
@@ -275,6 +348,7 @@ def _json_lines(content: bytes, wanted: set[str] | None) -> tuple[pl.DataFrame, 
             if not isinstance(row, dict):
                 broken.append((line, f"a JSON object was expected, not {type(row).__name__}"))
                 continue
+            row = {_encodable(key): value for key, value in row.items()}
             known.update(row)
             yield {**{key: _text(value) for key, value in row.items() if wanted is None or key in wanted}, "line": line}
 
@@ -285,7 +359,12 @@ def _text(value: Any) -> str | None:
     """A JSON value as String: scalars as they are written, nested ones as JSON, nothing as null."""
     if value is None or value == "":
         return None
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _encodable(text: str) -> str:
+    """`text` with half a surrogate pair, which JSON can hold and UTF-8 cannot, as a question mark."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
 
 
 def _frame(rows: Iterable[dict[str, Any]], header: list[str]) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from mllmsrec_core.ask import canonical
 from mllmsrec_core.stage import Params
@@ -36,6 +36,41 @@ class Settings(BaseModel):
         default=(), description="hosts images may come from although they are not public"
     )
     scratch: str = Field(default="", description="local folder for training checkpoints; default: beside a local store")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="fsspec options of the store (endpoint_url, profile, ...); never a secret"
+    )
+    price_in: float | None = Field(default=None, ge=0, description="money per million tokens read, for `plan`")
+    price_out: float | None = Field(default=None, ge=0, description="money per million tokens written, for `plan`")
+    currency: str = Field(default="", description="what the prices are in, as `plan` shows it")
+    min_coverage: float = Field(
+        default=1.0, ge=0, le=1, description="`promote` refuses tables with fewer rows up to date"
+    )
+    scripted_seconds: float = Field(
+        default=0.0, ge=0, description="how long a scripted answer takes, to rehearse a run"
+    )
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Settings:
+        from storage.files import refuse_secrets  # fsspec is slow to import, and `--help` needs none of it
+
+        refuse_secrets(self.store, self.storage_options)
+        return self
+
+
+class Options(BaseModel):
+    """What one run is asked besides its configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sample: int = Field(default=0, ge=0, description="only this many users, and the items they touch; 0: everyone")
+    retry: tuple[str, ...] = Field(default=(), description="ask failures of these classes again; `all` for every class")
+    retrain: bool = Field(default=False, description="train anew although the environment pins an adapter")
+    budget_minutes: float | None = Field(
+        default=None, gt=0, description="start no row after this long, and publish what is there"
+    )
+    order: Literal["given", "active"] = Field(
+        default="given", description="active: the users with the most recent clicks, and the most used items, go first"
+    )
 
 
 class Models(Params):

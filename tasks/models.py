@@ -1,7 +1,7 @@
 """From the name of a model in a profile to the exact weights that its answers are kept under.
 
-A name is `embedded-vlm`, `embedded-clip`, `scripted`, a local folder, or a hub id `org/name@revision`. No model is
-loaded and neither torch nor transformers is imported here, so that `plan` stays quick.
+A name is `embedded-vlm`, `embedded-clip`, `scripted` (`scripted@2` answers otherwise), a local folder, or a hub id
+`org/name@revision`. No model is loaded and neither torch nor transformers is imported here, so that `plan` stays quick.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def resolve(name: str, dtype: str = "float32", quantisation: str = "none", max_p
         raise UsageError(
             f"quantisation {quantisation!r} of model {name} is unknown; {nearest(quantisation, QUANTISATIONS)}"
         )
-    if name == "scripted":
+    if name.split("@", maxsplit=1)[0] == "scripted":
         from tasks.engines.scripted import MODEL
 
-        return Resolved(MODEL, "")
+        return Resolved(Model(MODEL.name, name.partition("@")[2] or MODEL.revision), "")
     short, revision, location = _weights(name)
     return Resolved(Model(short, revision, dtype, quantisation, max_pixels), location)
 

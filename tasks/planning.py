@@ -1,13 +1,14 @@
 """The plan: one in-memory pass over the pipeline that asks nothing and loads no model.
 
-Stages whose record stands are read; pure ones are computed; the others walk their chains with placeholders for unknown
-answers, whose tables feed the stages behind them. A table is certain while nothing above it holds a placeholder.
+Stages whose record stands are left unread until somebody behind them is due; pure ones are computed; of the others the
+rows that would be carried over are, and the rest walk their chains with placeholders for unknown answers, whose tables
+feed the stages behind them. A table is certain while nothing above it holds a placeholder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -16,81 +17,157 @@ from mllmsrec_core.plan import Due, cause, walk
 from mllmsrec_core.stage import Inputs, Stage, conform
 from mllmsrec_core.stages import STAGES
 from storage.tables import content_digest
-from tasks.run_stage import done_schema
-from tasks.stage_task import inputs_of, narrow, parts, standing_record
+from tasks.carry import HASHES, count_asks, hashed, read_last
+from tasks.config import Options
+from tasks.run_stage import done_schema, model_name, split
+from tasks.stage_task import STAGE_BY_NAME, Lazy, draw_sample, gather, inputs_of, parts, sample_of, standing
 from tasks.work import Work
 
+READ = {table for stage in STAGES for table in stage.reads}  # nobody is priced by the others: metrics cost seconds
 UNCERTAIN = "not known yet"
+MILLION = 1_000_000
+Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one stage would do. `why` is empty where it would be reused, `seconds` None where nothing was measured."""
+    """What one stage would do. `why` is empty where it would be reused.
+
+    `seconds` and `money` are intervals; None where nothing was measured, or no price was given.
+    """
 
     stage: str
     due: Due
     why: str
-    seconds: tuple[float, float] | None
+    seconds: Span | None
+    money: Span | None
 
 
 @dataclass
-class _Tables:
+class _Pass:
     """Frames and digests the pass has reached so far; a digest is UNCERTAIN where placeholders are inside."""
 
-    frames: dict[str, pl.DataFrame]
-    digests: dict[str, str]
+    work: Work
+    options: Options
+    before: Mapping[str, Any]
+    readers: dict[str, Callable[[], pl.DataFrame]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def retry(self) -> frozenset[str]:
+        return frozenset(self.options.retry)
 
     def certain(self, stage: Stage) -> bool:
         return all(self.digests[table] != UNCERTAIN for table in stage.reads)
 
+    def show(self, table: str, frame: pl.DataFrame, digest: str) -> None:
+        self.readers[table], self.digests[table] = lambda: frame, digest
 
-def make_plan(work: Work, env: str, sample: int = 0, retry: frozenset[str] = frozenset()) -> list[Line]:
-    """One line per stage, in order."""
-    before = work.store.envs.current(env)["stages"]
-    tables, lines = _Tables({}, {}), []
+
+def make_plan(work: Work, env: str, options: Options | None = None, only: str | None = None) -> list[Line]:
+    """One line per stage, in order; for `only` one stage a line of what it would do on the environment's tables."""
+    options = options or Options()
+    state = _Pass(work, options, work.store.envs.current(env)["stages"])
+    if only:
+        return [_plan_alone(state, STAGE_BY_NAME[only])]
+    lines = []
     for stage in STAGES:
-        if sample and not work.sample and "interactions" in tables.frames:
-            work = narrow(work, tables.frames, sample)
-        lines.append(_plan_stage(work, stage, tables, before, retry))
+        if options.sample and not state.work.sample and "interactions" in state.readers:
+            tables = {table: state.readers[table]() for table in ("items", "interactions")}
+            state.work = replace(work, sample=sample_of(work, tables, options.sample))
+        lines.append(_plan_stage(state, stage))
     return lines
 
 
-def _plan_stage(work: Work, stage: Stage, tables: _Tables, before: Mapping[str, Any], retry: frozenset[str]) -> Line:
-    inputs = inputs_of(work, stage, {table: tables.frames[table] for table in stage.reads})
-    now = parts(work, stage, inputs, {table: tables.digests[table] for table in stage.reads})
-    certain = tables.certain(stage)
-    record = standing_record(work, stage, now) if certain and not retry else None
+def _plan_alone(state: _Pass, stage: Stage) -> Line:
+    gather(state.work, stage, state.before, state.before)  # says which table is missing
+    for record in state.before.values():
+        state.readers |= _readers(state.work, record)
+        state.digests |= {table: pointer["digest"] for table, pointer in record["tables"].items()}
+    if state.options.sample:
+        state.work = draw_sample(state.work, state.before, state.options.sample)
+    return _plan_stage(state, stage)
+
+
+def _plan_stage(state: _Pass, stage: Stage) -> Line:
+    work, last = state.work, state.before.get(stage.name)
+    inputs = inputs_of(work, stage, Lazy({table: state.readers[table] for table in stage.reads}))
+    own = last if stage.continues and stage.continues(inputs) else None
+    if own:
+        inputs = replace(inputs, before=Lazy(_readers(work, own)))
+    now = parts(work, stage, inputs, {table: state.digests[table] for table in stage.reads}, own)
+    certain = state.certain(stage)
+    record = standing(work, stage, now, last, state.options.retrain) if not state.retry else None
     if record:
-        for table, pointer in record["tables"].items():
-            tables.frames[table] = work.store.tables.read(table, pointer["write_id"])
-            tables.digests[table] = pointer["digest"]
+        state.readers |= _readers(work, record)
+        state.digests |= {table: pointer["digest"] for table, pointer in record["tables"].items()}
         counts = record["counts"]
-        return Line(stage.name, Due(rows=counts["rows"], known=counts["known"] + counts["asked"]), "", (0.0, 0.0))
-    due = _compute(work, stage, inputs, tables, certain, retry)
-    old = before.get(stage.name)
-    return Line(stage.name, due, cause(now, old and old["parts"]), _seconds(due, old))
+        return Line(stage.name, Due(rows=counts["rows"], known=counts["known"] + counts["asked"]), "", (0, 0), (0, 0))
+    due = _compute(state, stage, inputs, now, last, certain)
+    why = cause(now, last and last["parts"], retry=bool(state.retry), coverage=(last or {}).get("coverage", 1.0))
+    rate = work.store.envs.rate(stage.name, model_name(inputs))
+    return Line(stage.name, due, why, _seconds(due, rate), _money(work, due))
 
 
-def _compute(work: Work, stage: Stage, inputs: Inputs, tables: _Tables, certain: bool, retry: frozenset[str]) -> Due:
+def _readers(work: Work, record: Mapping[str, Any]) -> dict[str, Callable[[], pl.DataFrame]]:
+    def reader(table: str, write_id: str) -> Callable[[], pl.DataFrame]:
+        held: list[pl.DataFrame] = []
+
+        def read() -> pl.DataFrame:
+            if not held:
+                held.append(work.store.tables.read(table, write_id))
+            return held[0]
+
+        return read
+
+    return {table: reader(table, pointer["write_id"]) for table, pointer in record["tables"].items()}
+
+
+def _compute(
+    state: _Pass,
+    stage: Stage,
+    inputs: Inputs,
+    now: Mapping[str, Any],
+    last: Mapping[str, Any] | None,
+    certain: bool,
+) -> Due:
+    work = state.work
     rows = stage.rows(inputs)
     if work.sample and stage.name != "ingest":
         rows = work.sample.keep(rows)
     if stage.ask is None:
         done, due = rows, Due(rows=len(rows))
     else:
-        finished, due = walk(stage, inputs, rows, lambda ask, key: work.store.replies.get(ask, key, retry), certain)
-        done = pl.DataFrame(finished, schema=stage.done or done_schema(stage), orient="row")
+        rows = hashed(rows.with_row_index("__row"), without="__row")
+        kept = split(work.store, stage, rows, read_last(work.store, stage, now, last), state.retry)
+        replies = work.store.replies
+        open_rows = kept.rest.drop("__row", *HASHES)
+        finished, due = walk(stage, inputs, open_rows, lambda ask, key: replies.get(ask, key, state.retry), certain)
+        walked = pl.DataFrame(finished, schema=done_schema(stage), orient="row")
+        done = pl.concat([kept.done.select(walked.columns), walked]) if len(kept.done) else walked
+        due.rows, due.known = len(rows), due.known + count_asks(kept.units)
+    if not READ & set(stage.writes):
+        return due
     certain = certain and due.high == 0
-    for table, frame in stage.tables(inputs, done).items():
-        tables.frames[table] = conform(frame, stage.writes[table])
-        tables.digests[table] = content_digest(tables.frames[table]) if certain else UNCERTAIN
+    for table, shaped in stage.tables(inputs, done).items():
+        frame = conform(shaped, stage.writes[table])
+        state.show(table, frame, content_digest(frame) if certain else UNCERTAIN)
     return due
 
 
-def _seconds(due: Due, old: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """At the rate of the environment's last run of the stage that asked anything."""
+def _seconds(due: Due, rate: float | None) -> Span | None:
+    """At the rate last measured for the stage and its model."""
     if due.high == 0:
         return 0.0, 0.0
-    if not old or not old.get("rate"):
+    return (due.low / rate, due.high / rate) if rate else None
+
+
+def _money(work: Work, due: Due) -> Span | None:
+    """At the prices of the settings. Tokens are known for all that may be asked; the low end is its share of them."""
+    settings = work.config.settings
+    if due.high == 0:
+        return 0.0, 0.0
+    if settings.price_in is None and settings.price_out is None:
         return None
-    return due.low / old["rate"], due.high / old["rate"]
+    high = (due.tokens_in * (settings.price_in or 0) + due.tokens_out * (settings.price_out or 0)) / MILLION
+    return high * due.low / due.high, high

@@ -19,7 +19,9 @@ from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from mllmsrec_core.errors import EngineError
-from tasks.run_stage import Counts, How
+from tasks.active import active_first
+from tasks.config import Options
+from tasks.runner import Counts, How
 from tasks.stage_task import draw_sample, perform
 from tasks.work import open_work
 
@@ -67,16 +69,29 @@ def _engine_broke(task: Any, run: Any, state: State) -> bool:
     retry_condition_fn=_engine_broke,
 )
 def stage_task(
-    name: str, config_json: str, stages: Mapping[str, Any], sample: int = 0, retry: tuple[str, ...] = ()
+    name: str,
+    config_json: str,
+    stages: Mapping[str, Any],
+    before: Mapping[str, Any],
+    options: Options,
+    deadline: float | None = None,
 ) -> State[dict[str, Any]]:
-    """Run or reuse one stage on the tables that `stages` points at; its record is the result."""
+    """Run or reuse one stage on the tables that `stages` points at; its record is the result.
+
+    `before` are the records the environment shows; after `deadline` (seconds since the epoch) no row is started.
+    """
     work = open_work(config_json)
-    if sample and name != "ingest":
-        work = draw_sample(work, stages, sample)
-    settings = work.config.settings
-    how = How(settings.window, frozenset(retry), progress=Progress(name))
+    if options.sample and name != "ingest":
+        work = draw_sample(work, stages, options.sample)
+    how = How(
+        work.config.settings.window,
+        frozenset(options.retry),
+        progress=Progress(name),
+        deadline=deadline,
+        rank=active_first(work, stages) if options.order == "active" else None,
+    )
     try:
-        record, reused = perform(work, name, stages, how)
+        record, reused = perform(work, name, stages, how, before, options.retrain)
     except EngineError:
         work.engine_for.drop()  # whoever tries again opens a fresh one
         raise
@@ -85,7 +100,7 @@ def stage_task(
         return Completed(name="Cached", message=f"{rows}, made {record['at']}", data=record)
     counts = record["counts"]
     get_run_logger().info(
-        "%s: %s; asked %d, known %d, failed %d, %.1f s",
-        *(name, rows, counts["asked"], counts["known"], counts["failed"], record["seconds"]),
+        "%s: %s; asked %d, known %d, failed %d, not reached %d, %.1f s",
+        *(name, rows, counts["asked"], counts["known"], counts["failed"], counts["unreached"], record["seconds"]),
     )
     return Completed(message=rows, data=record)

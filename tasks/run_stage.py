@@ -1,315 +1,196 @@
-"""Drives any stage: known Asks are answered from the store, the rest by engines, and finished tables are published.
+"""One stage from its inputs to its published tables and record. Knows nothing of Prefect or of any one stage.
 
-One bounded window of rows is in flight; a chain goes on as soon as its own reply is there, so users never wait for each
-other. Replies are flushed as they come, on Ctrl-C and on SIGTERM too. Knows nothing of Prefect or of any one stage.
+What is the very row published last time is carried over, what is left is asked, and what a run had no time for stays as
+it was, marked stale. Tables first, then the record that points at them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
 import mllmsrec_core
-from mllmsrec_core.ask import Ask, Fetch, Generate, Reply, Train, digest, key
-from mllmsrec_core.errors import AskError, EmptyReply, TooManyErrors
-from mllmsrec_core.stage import Chain, Inputs, Row, Stage, conform
+from mllmsrec_core.ask import Ask, digest
+from mllmsrec_core.errors import OutOfTime
+from mllmsrec_core.stage import Inputs, Stage, conform
 from storage.store import Store
+from tasks.carry import HASHES, STALE, Carried, carry_over, count_asks, hashed, joined, left_standing, names, read_last
 from tasks.engines import Engine
-
-MIN_ROWS_FOR_ERROR_RATE = 50  # fewer say little about a share; the end of the stage checks in any case
+from tasks.runner import Counts, How, Unit, run_rows
 
 MIN_ASKS_FOR_RATE = 20  # fewer measure the start-up, not the engine
 
-ROWS_PER_BREATH = 50  # known rows between two looks at signals, progress and engines: some milliseconds
-
-
-@dataclass
-class Counts:
-    """What a stage has done so far; the progress bar reads it while the runner writes it."""
-
-    rows: int = 0
-    done: int = 0
-    failed: int = 0
-    known: int = 0
-    asked: int = 0
-    passing: int = 0  # asked in vain for now: the next run asks them again
-    tokens_in: int = 0
-    tokens_out: int = 0
-    errors: dict[str, int] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
-class How:
-    """Settings of one run: none of them changes a byte of output."""
+class Made:
+    """The finished rows of a stage, and the units they belong to (None for a stage that asks nothing)."""
 
-    window: int = 256
-    retry: frozenset[str] = frozenset()
-    keep_rows: Callable[[pl.DataFrame], pl.DataFrame] | None = None  # a sample
-    progress: Callable[[str, Counts], None] | None = None
-
-
-class Oracle:
-    """Answers Asks: from the store where it can, once per key where several rows ask the same."""
-
-    def __init__(self, store: Store, engine_for: Callable[[Ask], Engine], how: How, counts: Counts) -> None:
-        self.store, self.engine_for, self.how, self.counts = store, engine_for, how, counts
-        self._in_flight: dict[bytes, asyncio.Future[Reply]] = {}
-        self._asked: set[bytes] = set()  # a retry asks once, not once per row
-
-    def known(self, ask: Ask, name: bytes) -> Reply | None:
-        retry = self.how.retry if name not in self._asked else frozenset[str]()
-        reply = self.store.replies.get(ask, name, retry)
-        if reply is None or (retry and self._lost(ask, reply)):
-            return None
-        self.counts.known += 1
-        return reply
-
-    def _lost(self, ask: Ask, reply: Reply) -> bool:
-        """Whether the answer names a blob that is gone. Looked up only in a retry, the command that mends it."""
-        return isinstance(ask, Fetch | Train) and bool(reply.value) and not self.store.blobs.has(reply.value["sha256"])
-
-    async def answer(self, ask: Ask, name: bytes) -> Reply:
-        """The engine's reply, stored. A bad row becomes a failed Reply; EngineError goes through to the caller."""
-        if name in self._in_flight:
-            self.counts.known += 1
-            return await asyncio.shield(self._in_flight[name])
-        if (reply := self.known(ask, name)) is not None:  # another row asked it while this one waited for the window
-            return reply
-        future = self._in_flight[name] = asyncio.get_running_loop().create_future()
-        try:
-            self._asked.add(name)
-            reply = self.store.replies.add(ask, name, await self._ask(ask))
-            future.set_result(reply)
-        except BaseException as error:
-            future.set_exception(error)
-            future.exception()  # read once, so that a lone asker leaves no warning behind
-            raise
-        finally:
-            self._in_flight.pop(name, None)
-        return reply
-
-    async def _ask(self, ask: Ask) -> Reply:
-        started = time.monotonic()
-        try:
-            reply = await self.engine_for(ask).answer(ask)
-            if isinstance(ask, Generate) and isinstance(reply.value, str) and not reply.value.strip():
-                reply = replace(reply, value=None, error=EmptyReply.error_class, detail="the model wrote nothing")
-        except AskError as error:
-            reply = Reply(error=error.error_class, detail=str(error), passing=error.passing)
-        self.counts.asked += 1
-        self.counts.passing += reply.passing
-        self.counts.tokens_in += reply.tokens_in
-        self.counts.tokens_out += reply.tokens_out
-        return replace(reply, seconds=reply.seconds or time.monotonic() - started)
+    done: pl.DataFrame
+    units: pl.DataFrame | None
+    counts: Counts
 
 
-def _advance(chain: Chain, oracle: Oracle, reply: Reply | None) -> tuple[Ask, bytes] | list[Row]:
-    """Run a chain through everything already known: its next open question, or its finished rows."""
-    try:
-        ask = next(chain) if reply is None else chain.send(reply)
-        while (known := oracle.known(ask, name := key(ask))) is not None:
-            ask = chain.send(known)
-        return ask, name
-    except StopIteration as end:
-        return end.value
-
-
-class Run:
-    """One pass of one stage over its rows."""
-
-    def __init__(self, stage: Stage, inputs: Inputs, oracle: Oracle, how: How, counts: Counts) -> None:
-        self.stage, self.inputs, self.oracle, self.how, self.counts = stage, inputs, oracle, how, counts
-        self.limit: float = getattr(inputs.params[stage.name], "max_error_rate", 1.0)
-        self.finished: dict[int, list[Row]] = {}
-
-    async def all(self, rows: pl.DataFrame) -> list[Row]:
-        """Every row's finished rows, in the order of `rows`; longest chains start first where the stage says so."""
-        self.counts.rows = len(rows)
-        try:
-            async with asyncio.TaskGroup() as outer:  # a ticker that cannot write must end the run too
-                ticker = outer.create_task(self._tick())
-                async with asyncio.TaskGroup() as group:
-                    await self._start_all(rows, group)
-                ticker.cancel()
-        except BaseExceptionGroup as errors:  # the first one says why; the others are its echoes
-            raise _first(errors) from None
-        finally:
-            self.oracle.store.replies.flush()
-        self._check_error_rate(at_end=True)
-        return [row for number in sorted(self.finished) for row in self.finished[number]]
-
-    async def _start_all(self, rows: pl.DataFrame, group: asyncio.TaskGroup) -> None:
-        """Finish what is known, and start what is not as the window has room."""
-        window = asyncio.Semaphore(self.how.window)
-        for count, (number, row) in enumerate(self._in_order(rows), 1):
-            assert self.stage.ask is not None
-            chain = self.stage.ask(self.inputs, row)
-            step = _advance(chain, self.oracle, None)
-            if isinstance(step, list):
-                self._finish(number, step)
-            else:
-                await window.acquire()
-                group.create_task(self._drive(number, chain, step, window))
-            if count % ROWS_PER_BREATH == 0:
-                await asyncio.sleep(0)
-
-    def _in_order(self, rows: pl.DataFrame) -> Iterator[tuple[int, Row]]:
-        order = rows.with_row_index("__row")
-        if self.stage.longest_first:
-            order = order.sort(self.stage.longest_first, descending=True, maintain_order=True)
-        for row in order.iter_rows(named=True):
-            yield row.pop("__row"), row
-
-    async def _drive(self, number: int, chain: Chain, first: tuple[Ask, bytes], window: asyncio.Semaphore) -> None:
-        step: tuple[Ask, bytes] | list[Row] = first
-        try:
-            while not isinstance(step, list):
-                step = _advance(chain, self.oracle, await self.oracle.answer(*step))
-            self._finish(number, step)
-        finally:
-            window.release()
-
-    def _finish(self, number: int, rows: list[Row]) -> None:
-        self.finished[number] = rows
-        self.counts.done += 1
-        failed = [row["error"] for row in rows if row.get("error")]
-        self.counts.failed += bool(failed)
-        for error in failed:
-            self.counts.errors[error] = self.counts.errors.get(error, 0) + 1
-        if failed:
-            self._check_error_rate()
-
-    def _check_error_rate(self, at_end: bool = False) -> None:
-        counts = self.counts
-        enough = at_end or counts.done >= MIN_ROWS_FOR_ERROR_RATE
-        if enough and counts.failed > self.limit * counts.done:
-            raise TooManyErrors(
-                f"{self.stage.name}: {counts.failed} of {counts.done} rows failed ({_summary(counts.errors)}), more than "
-                f"max_error_rate = {self.limit}. Look with `mllmsrec errors --stage {self.stage.name}`, mend the cause and "
-                f"`mllmsrec retry --stage {self.stage.name}`, or raise `{self.stage.name}.max_error_rate`."
-            )
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(0.5)
-            self.oracle.store.replies.flush_if_old()
-            if self.how.progress:
-                self.how.progress(self.stage.name, self.counts)
-
-
-def _summary(errors: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(errors.items(), key=lambda pair: -pair[1]))
-
-
-def _first(group: BaseExceptionGroup) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def run_rows(
-    stage: Stage, inputs: Inputs, rows: pl.DataFrame, store: Store, engine_for: Callable[[Ask], Engine], how: How
-) -> tuple[list[Row], Counts]:
-    """All finished rows of a stage that asks. Interrupted by Ctrl-C or SIGTERM, everything answered is flushed first."""
-    counts = Counts()
-    run = Run(stage, inputs, Oracle(store, engine_for, how, counts), how, counts)
-    finished = ENGINE_LOOP.run(run.all(rows))
-    if how.progress:
-        how.progress(stage.name, counts)
-    return finished, counts
-
-
-class _EngineLoop:
-    """One event loop for the process: engines outlive stages, and what they hold belongs to their loop."""
-
-    def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
-
-    def run(self, work: Awaitable[Any]) -> Any:
-        self._runner = self._runner or asyncio.Runner()
-        return self._runner.run(_until_terminated(work))
-
-
-async def _until_terminated(work: Awaitable[Any]) -> Any:
-    """Let SIGTERM end the work as Ctrl-C does: cancelled, flushed, then KeyboardInterrupt."""
-    task = asyncio.ensure_future(work)
-    on_main = threading.current_thread() is threading.main_thread()
-    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
-    if on_main:
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    finally:
-        if on_main:
-            loop.remove_signal_handler(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-ENGINE_LOOP = _EngineLoop()
-
-
-def fingerprint(parts: dict[str, Any]) -> str:
+def fingerprint(parts: Mapping[str, Any]) -> str:
     """The name of one stage's exact inputs: what it may read, its parameters, its model, and the code."""
     return digest(parts)[:32]
 
 
 def run_stage(
-    store: Store, stage: Stage, inputs: Inputs, parts: dict[str, Any], engine_for: Callable[[Ask], Engine], how: How
+    store: Store,
+    stage: Stage,
+    inputs: Inputs,
+    parts: dict[str, Any],
+    engine_for: Callable[[Ask], Engine],
+    how: How,
+    last: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run the stage and publish its tables; returns the record, which is written after them.
 
-    A record is kept for reuse only when no passing failure stands in it, so that the next run tries those rows again.
+    `last` is the record the environment shows, from which rows are carried over. A record is kept for reuse only when
+    every row was reached and no passing failure stands in it, so that the next run tries those rows again.
     """
     started = time.monotonic()
     rows = stage.rows(inputs)
     if how.keep_rows:
         rows = how.keep_rows(rows)
-    counts = Counts(rows=len(rows), done=len(rows))
-    if stage.ask is None:
-        done = rows
-    else:
-        finished, counts = run_rows(stage, inputs, rows, store, engine_for, how)
-        done = pl.DataFrame(finished, schema=stage.done or done_schema(stage), orient="row")
+    made = Made(rows, None, Counts(rows=len(rows), done=len(rows)))
+    if stage.ask is not None:
+        made = _ask_all(store, stage, inputs, rows, parts, engine_for, how, last)
+    counts = made.counts
     about = {
         "stage": stage.name,
         "parts_of_fingerprint": parts,
         "counts": counts.__dict__,
+        "coverage": coverage(counts),
         "seconds": round(time.monotonic() - started, 3),
         "version": mllmsrec_core.__version__,
     }
-    frames = {name: conform(frame, stage.writes[name]) for name, frame in stage.tables(inputs, done).items()}
-    tables = {name: store.tables.publish(name, frame, about) for name, frame in frames.items()}
-    seconds = round(time.monotonic() - started, 3)
+    shaped = stage.tables(inputs, made.done.select(*done_schema(stage)) if stage.ask else made.done)
+    frames = {name: conform(frame, stage.writes[name]) for name, frame in shaped.items()}
+    seconds = time.monotonic() - started
     record = {
         "stage": stage.name,
         "fingerprint": fingerprint(parts),
         "parts": parts,
-        "tables": {name: {"write_id": p.write_id, "digest": p.digest, "rows": p.rows} for name, p in tables.items()},
+        "tables": {name: _publish(store, name, frame, about) for name, frame in frames.items()},
+        "carried": _publish_carried(store, stage, made, about),
         "counts": counts.__dict__,
-        "seconds": seconds,
-        "rate": counts.asked / seconds
-        if counts.asked >= min(MIN_ASKS_FOR_RATE, counts.rows) > 0
-        else None,  # Asks a second
+        "coverage": coverage(counts),
+        "seconds": round(time.monotonic() - started, 3),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if not counts.passing:
-        store.envs.write_record(stage.name, record["fingerprint"], record)
+    if counts.asked >= min(MIN_ASKS_FOR_RATE, counts.rows) > 0:
+        store.envs.write_rate(stage.name, model_name(inputs), counts.asked / seconds)
+    if not counts.passing and not counts.unreached:
+        for name in {record["fingerprint"], fingerprint(_repeated(parts, record["tables"]))}:
+            store.envs.write_record(stage.name, name, record)
     store.replies.compact()
     return record
 
 
+def coverage(counts: Counts) -> float:
+    """The share of rows that are up to date."""
+    return 1.0 if not counts.unreached else round(counts.done / counts.rows, 6)
+
+
+def model_name(inputs: Inputs) -> str:
+    """The folder name of the model a stage asks; `source` where it asks none."""
+    return inputs.model.slug if inputs.model else "source"
+
+
 def done_schema(stage: Stage) -> dict[str, Any]:
-    """The polars schema of finished rows where a stage states none: that of the one table it writes."""
+    """The polars schema of finished rows; where a stage states none, that of the one table it writes."""
+    if stage.done:
+        return {**stage.done, STALE: pl.Datetime("us", "UTC")}
     (contract,) = stage.writes.values()
     return {name: column.dtype for name, column in contract.columns().items()}
+
+
+def _repeated(parts: dict[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the same run once more. A stage that goes on from its own tables would publish the same again."""
+    if parts.get("before") is None:
+        return parts
+    return {**parts, "before": {name: pointer["digest"] for name, pointer in tables.items()}}
+
+
+def _ask_all(
+    store: Store,
+    stage: Stage,
+    inputs: Inputs,
+    rows: pl.DataFrame,
+    parts: dict[str, Any],
+    engine_for: Callable[[Ask], Engine],
+    how: How,
+    record: Mapping[str, Any] | None,
+) -> Made:
+    """Carry over what is unchanged, ask the rest, leave standing what was not reached."""
+    rows = hashed(rows.with_row_index("__row"), without="__row")
+    last = read_last(store, stage, parts, record)
+    if last and not set(done_schema(stage)) <= set(last.done.columns):
+        last = None  # published by a version with other columns
+    kept = split(store, stage, rows, last, how.retry)
+    counts = Counts(rows=len(rows), done=len(kept.units), carried=len(kept.units), known=count_asks(kept.units))
+    units, counts = run_rows(stage, inputs, kept.rest.drop(*HASHES), store, engine_for, how, counts)
+    asked = kept.rest.select("__row", *stage.unit, *HASHES).join(_asks(units), on="__row", maintain_order="left")
+    missed = kept.rest.join(asked.select("__row"), on="__row", how="anti", maintain_order="left")
+    stale = left_standing(stage, missed, last, datetime.now(UTC)) if counts.unreached else None
+    if stale is not None and counts.unreached == counts.rows and last is None:
+        raise OutOfTime(
+            f"{stage.name}: the time was over before its first row, and nothing was published of it before. "
+            "Everything answered is kept; repeat the command with a larger --budget-minutes."
+        )
+    parts_done = [kept.done, _finished(stage, units, asked)] + ([stale.done] if stale else [])
+    parts_units = [kept.units, asked] + ([stale.units] if stale else [])
+    done = pl.concat([_shaped(stage, part, asked) for part in parts_done]).sort("__row", maintain_order=True)
+    columns = ["__row", *stage.unit, *HASHES, "asks"]
+    return Made(done, pl.concat([part.select(columns) for part in parts_units]).sort("__row"), counts)
+
+
+def split(store: Store, stage: Stage, rows: pl.DataFrame, last: Any, retry: frozenset[str]) -> Carried:
+    """What of hashed `rows` is carried over: nothing in a retry, or where the stage names no unit of work."""
+    able = bool(stage.unit) and not retry
+    return carry_over(stage, rows, last if able else None, store.corrections.keys(stage.name) if able else ())
+
+
+def _asks(units: list[Unit]) -> pl.DataFrame:
+    made = [(unit.number, joined([*unit.keys, *_kept(unit)])) for unit in units]
+    return pl.DataFrame(made, schema={"__row": pl.UInt32, "asks": pl.Binary}, orient="row")
+
+
+def _kept(unit: Unit) -> list[bytes]:
+    """The keys of finished rows: those that kept an older answer did not ask it again."""
+    return [row["ask"] for row in unit.rows if row.get("ask")]
+
+
+def _finished(stage: Stage, units: list[Unit], asked: pl.DataFrame) -> pl.DataFrame:
+    """The finished rows of these units with the unit's columns they lack."""
+    rows = [{**row, "__row": unit.number} for unit in units for row in unit.rows]
+    done = pl.DataFrame(rows, schema={"__row": pl.UInt32, **done_schema(stage)}, orient="row")
+    lacking = [name for name in stage.unit if name not in done.columns]
+    return done.join(asked.select("__row", *lacking), on="__row", maintain_order="left") if lacking else done
+
+
+def _shaped(stage: Stage, done: pl.DataFrame, asked: pl.DataFrame) -> pl.DataFrame:
+    """Finished rows, carried or new, with the same columns in the same order."""
+    lacking = {name: asked.schema[name] for name in stage.unit if name not in done_schema(stage)}
+    schema = {"__row": pl.UInt32, **done_schema(stage), **lacking}
+    if done.is_empty():
+        return pl.DataFrame(schema=schema)
+    return done.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+
+
+def _publish(store: Store, name: str, frame: pl.DataFrame, about: dict[str, Any]) -> dict[str, Any]:
+    made = store.tables.publish(name, frame, about)
+    return {"write_id": made.write_id, "digest": made.digest, "rows": made.rows}
+
+
+def _publish_carried(store: Store, stage: Stage, made: Made, about: dict[str, Any]) -> dict[str, Any]:
+    if made.units is None or not stage.unit:
+        return {}
+    frames = dict(zip(names(stage), (made.units.drop("__row"), made.done.drop("__row")), strict=True))
+    return {name.split(".")[0]: _publish(store, name, frame, about) for name, frame in frames.items()}

@@ -13,7 +13,7 @@ from mllmsrec_core.errors import UsageError, nearest
 from mllmsrec_core.stage import Inputs, Row, Stage
 from storage.replies import Replies
 from tasks.config import Config
-from tasks.run_stage import How, run_rows
+from tasks.runner import How, run_rows
 from tasks.stage_task import STAGE_BY_NAME, gather, table_records
 from tasks.work import Work, open_work
 
@@ -26,7 +26,7 @@ def trial(config: Config, name: str, n: int) -> list[dict[str, Any]]:
         raise UsageError(f"`{name}` is not a stage that asks; {nearest(name, _asking())}")
     work, stage = open_work(config.to_json()), STAGE_BY_NAME[name]
     stages = work.store.envs.current(config.settings.env)["stages"]
-    inputs = gather(work, stage, stages)
+    inputs, _ = gather(work, stage, stages, stages)
     rows = stage.rows(inputs).head(n)
     run_rows(stage, _forgiving(inputs, name), rows, work.store, work.engine_for, How(config.settings.window))
     published = _published(work, stage, stages)

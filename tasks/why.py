@@ -7,8 +7,6 @@ over stored answers. Asks nothing. Shows what untrusted titles and models said w
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
 SHORT = 12  # hex digits of a key or digest in running text
 INDENT = "  "
+_CORRECTED = {"replace": "replaced", "ban": "banned", "reask": "opened again"}
 
 
 @dataclass(frozen=True)
@@ -276,21 +275,9 @@ def _probabilities(row: dict[str, Any]) -> str:
 def text(store: Store, links: Iterable[Link]) -> list[str]:
     """The tree as indented lines; questions are looked up in one pass, and written in full where they first stand."""
     links = list(links)
-    questions = stored(store, {name for link in links for name in _asked(link)})
+    questions = store.replies.questions({name for link in links for name in _asked(link)})
     written: set[bytes] = set()
     return [line for link in links for line in _lines(link, "", store, questions, written)]
-
-
-def stored(store: Store, keys: set[bytes]) -> dict[bytes, dict[str, Any]]:
-    """The rendered Asks behind `keys`; reads each part once for all of them."""
-    found: dict[bytes, dict[str, Any]] = {}
-    for name in store.files.names("asks", ".parquet"):
-        part = pl.read_parquet(io.BytesIO(store.files.read(name)))
-        hits = part.filter(pl.col("key").is_in(list(keys - found.keys())))
-        found |= {row["key"]: json.loads(row["ask"]) for row in hits.iter_rows(named=True)}
-        if len(found) == len(keys):
-            break
-    return found
 
 
 def _asked(link: Link) -> list[bytes]:
@@ -306,7 +293,8 @@ def _lines(
             lines.append(f"{indent}{INDENT}question {name.hex()[:SHORT]}: written out above")
             continue
         written.add(name)
-        lines += (indent + INDENT + line for line in _exchange(name, questions.get(name), store.replies.find(name)))
+        exchange = _exchange(name, questions.get(name), store.replies.find(name))
+        lines += (indent + INDENT + line for line in [*exchange, *_corrections(store, name)])
     for child in link.below:
         lines += _lines(child, indent + INDENT, store, questions, written)
     return lines
@@ -327,6 +315,17 @@ def _exchange(name: bytes, ask: dict[str, Any] | None, found: tuple[str, Reply] 
     cost = [f"{n:,} {what}" for n, what in ((reply.tokens_in, "tokens in"), (reply.tokens_out, "tokens out")) if n]
     about = ", ".join([reply.engine, *cost, f"{reply.seconds:.2f} s"]).lstrip(", ")
     return [*lines, plain(f"answer ({about}): {_answer(kind, reply)}")]
+
+
+def _corrections(store: Store, name: bytes) -> list[str]:
+    """Every correction of a question, oldest first, behind the answer that the model gave."""
+    made = store.corrections.history(name)
+    given = store.replies.given(name) if made else None
+    lines = [plain(f"{INDENT}the model's own answer: {_answer(*given)}")] if given else []
+    for one in made:
+        at, by = f"{one.at:%Y-%m-%d %H:%M} UTC", one.by or "nobody named"
+        lines.append(plain(f"{INDENT}{_CORRECTED[one.action]} on {at} by {by}: {one.reason}"))
+    return lines
 
 
 def _to(ask: dict[str, Any]) -> str:

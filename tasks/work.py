@@ -24,7 +24,7 @@ from tasks.config import Config, Settings
 from tasks.engines import Engine
 from tasks.engines.scripted import MODEL as SCRIPTED
 from tasks.engines.scripted import ScriptedEngine
-from tasks.run_stage import ENGINE_LOOP
+from tasks.runner import ENGINE_LOOP
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Engines:
                 ENGINE_LOOP.run(engine.close())
 
     def _open_scripted(self) -> Engine:
-        return ScriptedEngine(self.store.blobs)
+        return ScriptedEngine(self.store.blobs, self.settings.scripted_seconds)
 
     def _open_fetch(self) -> Engine:
         from tasks.engines.fetch import FetchEngine
@@ -125,7 +125,7 @@ def open_work(config_json: str) -> Work:
     """The same Work for the same configuration within a process, so that loaded models serve every stage."""
     config = Config.from_json(config_json)
     settings, params = config.settings, config.stage_params()
-    store = Store(settings.store, settings.flush_rows, settings.flush_seconds)
+    store = Store(settings.store, settings.flush_rows, settings.flush_seconds, settings.storage_options)
     resolved = {
         name: _resolve(config, stage_params) for name, stage_params in params.items() if hasattr(stage_params, "model")
     }
@@ -138,8 +138,6 @@ def open_work(config_json: str) -> Work:
 
 def _resolve(config: Config, stage_params: Any) -> tuple[Model, str]:
     name = stage_params.model or config.params.model
-    if name == SCRIPTED.name:
-        return SCRIPTED, ""
     found = models.resolve(
         name, config.params.dtype, config.params.quantisation, getattr(stage_params, "max_pixels", None)
     )

@@ -56,16 +56,17 @@ def small(tmp_path: Path) -> Callable[..., Any]:
     return lambda store=None, **others: load(["demo"], small_sets(store or tmp_path / "store", **others), {})
 
 
-def every_stage(config: Any, retry: frozenset[str] = frozenset()) -> dict[str, Any]:
+def every_stage(config: Any, retry: frozenset[str] = frozenset(), retrain: bool = False, **how: Any) -> dict[str, Any]:
     """Every stage in order without Prefect, then the environment moves; the records by stage."""
-    from tasks.run_stage import How
+    from tasks.runner import How
     from tasks.stage_task import STAGE_BY_NAME, perform
     from tasks.work import open_work
 
     open_work.cache_clear()  # as a new process would: nothing is known but what the store holds
     work, stages = open_work(config.to_json()), {}
+    before = work.store.envs.current(config.settings.env)["stages"]
     for name in STAGE_BY_NAME:
-        stages[name], _ = perform(work, name, stages, How(config.settings.window, retry))
+        stages[name], _ = perform(work, name, stages, How(config.settings.window, retry, **how), before, retrain)
     work.store.envs.move(config.settings.env, stages)
     return stages
 

@@ -20,6 +20,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTION = {"PIL": "pillow", "sklearn": "scikit-learn", "open_clip": "open_clip_torch"}
 # Imported too, but required by a declared one, which also chooses their version.
 THROUGH = {
+    "aiohttp": "s3fs",
+    "botocore": "s3fs",
     "datasets": "trl",
     "huggingface_hub": "transformers",
     "markupsafe": "jinja2",

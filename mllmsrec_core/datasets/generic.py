@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -65,7 +65,8 @@ def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFr
     frame, broken = source.table(name, mapped | {f"attribute:{theirs}": theirs for theirs in columns.attributes})
     missing = {ours: pl.lit(None, pl.String) for ours in ("title", "description", "category", "image", "image_version")}
     frame = frame.with_columns(**{ours: value for ours, value in missing.items() if ours not in mapped})
-    attributes = [pl.col(f"attribute:{theirs}").alias(theirs) for theirs in columns.attributes]
+    named = {theirs: f"attribute:{theirs}" for theirs in columns.attributes}
+    attributes = [_encodable(name, frame.schema[name]).alias(theirs) for theirs, name in named.items()]
     return frame.select(
         *(text(ours, frame.schema[ours]) for ours in ("item_id", "title", "description", "category", "image_version")),
         attributes=pl.struct(attributes).struct.json_encode() if attributes else pl.lit(None, pl.String),
@@ -81,57 +82,106 @@ def interactions_in(
     """Interactions with the columns of INTERACTIONS; rows whose time or rating is none are rejects."""
     frame, broken = source.table(name, {ours: theirs for ours, theirs in columns.model_dump().items() if theirs})
     at, rating = pl.lit(None, INTERACTIONS["at"]), pl.lit(None, pl.Float64)
-    reason = pl.lit(None, pl.String)
     if columns.rating:
-        rating = number(pl.col("rating"))
-        reason = unless(rating.is_not_null(), columns.rating, "a number", required=liked_from is not None)
+        rating = number("rating", frame.schema["rating"])
     if columns.at:
         at = moment("at", frame.schema["at"], unit)
-        allowed = f"a time between {EARLIEST.year} and {LATEST.year} in at_unit `{unit}`"
-        reason = pl.coalesce(unless(at.is_not_null(), columns.at, allowed, ours="at", required=True), reason)
-    parsed = frame.with_columns(source=pl.lit(name), reason=reason, parsed_at=at, parsed_rating=rating)
-    good = parsed.filter(pl.col("reason").is_null()).select(
-        pl.col("user_id", "item_id").cast(pl.String),
+    frame = frame.with_columns(parsed_at=at, parsed_rating=rating)
+    bad = _unparsed(frame, name, columns, unit, liked_from)
+    good = frame.join(bad.select("line"), on="line", how="anti", maintain_order="left") if len(bad) else frame
+    return good.select(
+        *(text(ours, frame.schema[ours]) for ours in ("user_id", "item_id")),
         at="parsed_at",
         rating="parsed_rating",
         liked=pl.lit(True) if liked_from is None else pl.col("parsed_rating") >= liked_from,
-        source="source",
+        source=pl.lit(name),
         line="line",
-    )
-    bad = parsed.filter(pl.col("reason").is_not_null()).select(*REJECTS)
-    return good, pl.concat([broken, bad])
+    ), pl.concat([broken, bad])
+
+
+def _unparsed(
+    frame: pl.DataFrame, name: str, columns: InteractionColumns, unit: Unit, liked_from: float | None
+) -> pl.DataFrame:
+    """Rejects of the rows that lack a time or rating they need, or say something else there."""
+    nothing = pl.lit(None, pl.String)
+    reasons = {"at": nothing, "rating": nothing}
+    if columns.at:
+        allowed = f"a time between {EARLIEST.year} and {LATEST.year} in at_unit `{unit}`"
+        reasons["at"] = unless(pl.col("parsed_at").is_not_null(), columns.at, allowed, ours="at", required=True)
+    if columns.rating:
+        is_number = pl.col("parsed_rating").is_not_null()
+        reasons["rating"] = unless(is_number, columns.rating, "a number", required=liked_from is not None)
+    written = [ours for ours in reasons if ours in frame.columns]
+    doubtful = frame.filter(pl.any_horizontal(pl.lit(False), *(pl.col(f"parsed_{ours}").is_null() for ours in written)))
+    doubtful = doubtful.with_columns(_quotable(ours, frame.schema[ours]) for ours in written)
+    judged = doubtful.with_columns(source=pl.lit(name), reason=pl.coalesce(*reasons.values()))
+    return judged.drop_nulls("reason").select(*REJECTS)
 
 
 def text(name: str, dtype: pl.DataType) -> pl.Expr:
     """A column as String; of a list, its values side by side."""
-    if isinstance(dtype, pl.List | pl.Array):
-        return pl.col(name).cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
-    return pl.col(name).struct.json_encode() if isinstance(dtype, pl.Struct) else pl.col(name).cast(pl.String)
+    column = pl.col(name)
+    if _is_list(dtype):
+        return column.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
+    if isinstance(dtype, pl.List | pl.Array | pl.Binary | pl.Duration):
+        return column.map_elements(_said, return_dtype=pl.String)
+    return column.struct.json_encode() if isinstance(dtype, pl.Struct) else column.cast(pl.String)
 
 
-def number(column: pl.Expr) -> pl.Expr:
+def _encodable(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A column as JSON can hold it: bytes and durations as text."""
+    return text(name, dtype) if isinstance(dtype, pl.Binary | pl.Duration) else pl.col(name)
+
+
+def _is_list(dtype: pl.DataType) -> bool:
+    """Whether this is a list of what polars can cast to text."""
+    inner = dtype.inner if isinstance(dtype, pl.List | pl.Array) else None
+    return inner is not None and not (inner.is_nested() or inner in (pl.Binary, pl.Duration))
+
+
+def _said(value: Any) -> str:
+    """Bytes as the text they most likely are, anything else as Python shows it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return str(value.to_list() if isinstance(value, pl.Series) else value)
+
+
+def _quotable(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A column as text for a reason. A time beyond what can be written is shown as the number it is stored as."""
+    return pl.col(name).to_physical().cast(pl.String) if dtype.is_temporal() else text(name, dtype)
+
+
+def number(name: str, dtype: pl.DataType) -> pl.Expr:
     """A finite Float64, or null."""
-    parsed = column.cast(pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+    plain = dtype.is_integer() or dtype == pl.Float64  # 0.1 in 32 bits is 0.1 only as text
+    parsed = (pl.col(name) if plain else text(name, dtype).str.strip_chars()).cast(pl.Float64, strict=False)
     return pl.when(parsed.is_finite()).then(parsed)
 
 
 def moment(name: str, dtype: pl.DataType, unit: Unit) -> pl.Expr:
     """A UTC time between 1990 and 2100, or null. A typed time ignores `unit`; without an offset it is taken as UTC."""
     column = pl.col(name)
-    if dtype.is_temporal():
+    if isinstance(dtype, pl.Date | pl.Datetime):
         naive = dtype == pl.Date or getattr(dtype, "time_zone", None) is None
-        time = column.cast(pl.Datetime("us"))
+        time = column.cast(pl.Datetime("us", getattr(dtype, "time_zone", None)), strict=False)
         at = time.dt.replace_time_zone("UTC") if naive else time.dt.convert_time_zone("UTC")
     elif unit == "iso":
-        at = _iso(column.cast(pl.String).str.strip_chars())
+        at = _iso(text(name, dtype).str.strip_chars())
     else:
-        written = column.cast(pl.String).str.strip_chars()
-        whole = written.cast(pl.Int64, strict=False)
-        ticks = pl.coalesce(whole, written.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
         second = TICKS[unit]
+        ticks = _ticks(name, dtype)
         sane = ticks.is_between(int(EARLIEST.timestamp()) * second, int(LATEST.timestamp()) * second)
         at = pl.when(sane).then(ticks * (1_000_000 // second)).cast(INTERACTIONS["at"])
     return pl.when(at.is_between(EARLIEST, LATEST)).then(at)
+
+
+def _ticks(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A whole number; what has a fraction loses it, and what is no number is null."""
+    if dtype.is_integer() or dtype == pl.Float64:
+        return pl.col(name).cast(pl.Int64, strict=False)
+    written = text(name, dtype).str.strip_chars()
+    whole = written.cast(pl.Int64, strict=False)
+    return pl.coalesce(whole, written.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
 
 
 def _iso(text: pl.Expr) -> pl.Expr:
@@ -151,9 +201,9 @@ def unless(good: pl.Expr, column: str, what: str, ours: str = "rating", *, requi
 
 def first_filled(name: str, dtype: pl.DataType) -> pl.Expr:
     """The first value of a list, or of JSON text that is a list, that is not empty; a plain value as it is."""
-    if isinstance(dtype, pl.List | pl.Array):
+    if _is_list(dtype):
         return pl.col(name).cast(pl.List(pl.String)).list.eval(_filled(pl.element()).drop_nulls()).list.first()
-    return _filled(pl.col(name).cast(pl.String).map_elements(_first_listed, return_dtype=pl.String))
+    return _filled(text(name, dtype).map_elements(_first_listed, return_dtype=pl.String))
 
 
 def _filled(text: pl.Expr) -> pl.Expr:

@@ -53,6 +53,7 @@ class Audit(dy.Schema):
     verdict = dy.Enum(["grounded", "unsupported", "not_visual"], nullable=True)
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def words(text: str | None) -> frozenset[str]:
@@ -192,4 +193,5 @@ STAGE = Stage(
     rows=rows,
     ask=ask,
     tables=tables,
+    unit=("sha256",),
 )

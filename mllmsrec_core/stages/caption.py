@@ -29,6 +29,7 @@ class Captions(dy.Schema):
     caption = dy.String(nullable=True)
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def prompt(params: Params, sha256: str) -> tuple[Message, ...]:
@@ -60,4 +61,5 @@ STAGE = Stage(
     rows=rows,
     ask=ask,
     tables=tables,
+    unit=("sha256",),
 )

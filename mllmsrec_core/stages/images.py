@@ -30,6 +30,7 @@ class Images(dy.Schema):
     detail = dy.String(nullable=True)  # what the engine said of it
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)  # the class again where it counts against max_error_rate
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 DONE = {
@@ -43,6 +44,7 @@ DONE = {
     "detail": pl.String,
     "ask": pl.Binary,
     "error": pl.String,
+    "stale_since": pl.Datetime("us", "UTC"),
 }
 
 
@@ -99,4 +101,5 @@ STAGE = Stage(
     tables=tables,
     done=DONE,
     outside=outside,
+    unit=("uri", "given"),
 )

@@ -2,6 +2,7 @@
 
 Readers map files to raw frames; what holds for all datasets is judged here, once. Re-exporting rows in another order
 changes nothing: ties in time go by item id, and of two rows for one item the fuller stays, then the smaller by content.
+A `snapshot` is the dataset as it stands; `append` goes on from what was published, so that `seq` is given once and kept.
 Text is kept as it came, cut to MAX_TEXT; making it safe inside a prompt is the prompt's business.
 """
 
@@ -14,13 +15,16 @@ import dataframely as dy
 import polars as pl
 from pydantic import Field
 
-from mllmsrec_core import stage
+from mllmsrec_core import histories, stage
 from mllmsrec_core.ask import digest
-from mllmsrec_core.datasets import ITEMS, REJECTS, Catalogue, demo, generic, movielens
+from mllmsrec_core.datasets import ITEMS, REJECTS, Catalogue, amazon, demo, generic, microlens, movielens
+from mllmsrec_core.datasets.amazon import Params as Amazon
 from mllmsrec_core.datasets.demo import Params as Demo
 from mllmsrec_core.datasets.generic import Params as Generic
+from mllmsrec_core.datasets.microlens import Params as Microlens
 from mllmsrec_core.datasets.movielens import Params as Movielens
 from mllmsrec_core.errors import SourceError
+from mllmsrec_core.histories import Split, filled, split
 from mllmsrec_core.stage import Inputs, Stage
 
 MAX_TEXT = 2_000  # characters of a title or description worth keeping: no prompt reads more than its first 600
@@ -29,16 +33,21 @@ READERS: Mapping[str, Callable[[Any, Any], Catalogue]] = {
     "demo": demo.read,
     "movielens": movielens.read,
     "generic": generic.read,
+    "amazon": amazon.read,
+    "microlens": microlens.read,
 }
 
 
 class Params(stage.Params):
-    dataset: Literal["demo", "movielens", "generic"] = "demo"
+    dataset: Literal["demo", "movielens", "generic", "amazon", "microlens"] = "demo"
     path: str = ""  # the dataset's root: a folder or any fsspec URL; demo has none
+    mode: Literal["snapshot", "append"] = "snapshot"  # append: rows that an export no longer holds stay
     demo: Demo = Demo.model_validate({})
     movielens: Movielens = Movielens()
     generic: Generic = Generic()
-    min_history: int = Field(default=0, ge=0)  # users with fewer interactions are rejected; 0 keeps everyone
+    amazon: Amazon = Amazon()
+    microlens: Microlens = Microlens()
+    min_history: int = Field(default=0, ge=0)  # users with fewer interactions wait; 0 keeps everyone
 
 
 class Items(dy.Schema):
@@ -67,21 +76,6 @@ class Rejects(dy.Schema):
     reason = dy.String()
 
 
-Split = tuple[pl.DataFrame, pl.DataFrame]  # rows that stay, and rejects
-
-
-def split(frame: pl.DataFrame, reason: pl.Expr) -> Split:
-    """Rows for which `reason` is null, and the others as rejects."""
-    judged = frame.with_columns(reason=reason)
-    return judged.filter(pl.col("reason").is_null()).drop("reason"), judged.drop_nulls("reason").select(*REJECTS)
-
-
-def filled(name: str) -> pl.Expr:
-    """The column without white space around it; null where nothing is left."""
-    stripped = pl.col(name).str.strip_chars()
-    return pl.when(stripped != "").then(stripped).alias(name)
-
-
 def judge_items(items: pl.DataFrame) -> Split:
     """One row per item id; rows without an id and further rows of an id are rejects."""
     if "image_version" not in items.columns:
@@ -89,50 +83,22 @@ def judge_items(items: pl.DataFrame) -> Split:
     texts = ("title", "description", "category")
     items = items.with_columns(filled(name) for name in (*ITEMS, "image_version"))
     items = items.with_columns(pl.col(name).str.slice(0, MAX_TEXT) for name in texts)
-    items, nameless = split(items, pl.when(pl.col("item_id").is_null()).then(pl.lit("item_id is empty")))
+    items, nameless = split(items, pl.col("item_id").is_null(), pl.lit("item_id is empty"))
 
     content = [*list(ITEMS)[1:], "image_version"]
     empty = pl.sum_horizontal(pl.col(content).is_null())
     items = items.sort("item_id", empty, *content, "source", "line", nulls_last=True)
-    kept = pl.col("line").first().over("item_id")
-    where = pl.coalesce(pl.concat_str(pl.lit("line "), kept), pl.lit("another row"))
+    items = items.with_columns(kept=pl.col("line").first().over("item_id"))
+    where = pl.coalesce(pl.concat_str(pl.lit("line "), "kept"), pl.lit("another row"))
     reason = pl.concat_str(pl.lit("second row of item `"), "item_id", pl.lit("`; kept is "), where)
-    items, twins = split(items, pl.when(pl.col("item_id") == pl.col("item_id").shift()).then(reason))
+    items, twins = split(items, pl.col("item_id") == pl.col("item_id").shift(), reason)
     return items, pl.concat([nameless, twins])
 
 
-def judge_interactions(interactions: pl.DataFrame, items: pl.DataFrame, min_history: int) -> Split:
-    """Interactions in order with their `seq`; rows without ids, of unknown items or seen before are rejects."""
-    frame = interactions.with_columns(filled("user_id"), filled("item_id"))
-    known = items.select("item_id", known=True)
-    frame, unusable = split(
-        frame.join(known, on="item_id", how="left", maintain_order="left"),
-        pl.when(pl.col("user_id").is_null())
-        .then(pl.lit("user_id is empty"))
-        .when(pl.col("item_id").is_null())
-        .then(pl.lit("item_id is empty"))
-        .when(pl.col("known").is_null())
-        .then(pl.concat_str(pl.lit("there is no item `"), "item_id", pl.lit("`"))),
-    )
-    frame, again = split(in_order(frame), pl.when(repeated()).then(pl.lit("the same user, item and time once more")))
-    count = pl.len().over("user_id")
-    short = pl.concat_str(pl.lit("a history of "), count, pl.lit(f", shorter than min_history = {min_history}"))
-    frame, brief = split(frame, pl.when(count < min_history).then(short))
-    frame = frame.with_columns(seq=pl.int_range(pl.len(), dtype=pl.Int32).over("user_id"))
-    return frame, pl.concat([unusable, again, brief])
-
-
-def in_order(interactions: pl.DataFrame) -> pl.DataFrame:
-    """By user and time, ties by item id; where the source has no times, in its own order."""
-    timeless = pl.when(pl.col("at").is_null()).then(pl.int_range(pl.len()))
-    by = ["user_id", "at", timeless, "item_id", "rating", "liked", "source", "line"]
-    descending = [False, False, False, False, True, True, False, False]  # of two ratings at one time the higher stays
-    return interactions.sort(by, descending=descending, nulls_last=True, maintain_order=True)
-
-
-def repeated() -> pl.Expr:
-    """Whether an ordered row has the user, item and time of the row before."""
-    return pl.all_horizontal(pl.col(name) == pl.col(name).shift() for name in ("user_id", "item_id", "at"))
+def all_items(items: pl.DataFrame, before: pl.DataFrame) -> pl.DataFrame:
+    """`items`, and those of `before` that it lacks, sorted by id."""
+    items = items.select(*Items.columns())
+    return pl.concat([items, before.join(items, on="item_id", how="anti")]).sort("item_id")
 
 
 def numbered(rejects: pl.DataFrame) -> pl.DataFrame:
@@ -165,23 +131,39 @@ def rows(inputs: Inputs) -> pl.DataFrame:
     return pl.DataFrame()
 
 
+def continues(inputs: Inputs) -> bool:
+    return inputs.params["ingest"].mode == "append"
+
+
 def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
     params: Params = inputs.params["ingest"]
-    catalogue = READERS[params.dataset](inputs.source, getattr(params, params.dataset))
-    items, bad_items = judge_items(catalogue.items)
-    interactions, bad_interactions = judge_interactions(catalogue.interactions, items, params.min_history)
-    rejects = numbered(pl.concat([catalogue.rejects, bad_items, bad_interactions]))
+    raw = READERS[params.dataset](inputs.source, getattr(params, params.dataset))
+    published = inputs.before if continues(inputs) else {}
+    before = {name: published.get(name, WRITES[name].create_empty()) for name in ("items", "interactions", "waiting")}
+    if inputs.forgotten:
+        raw, before = histories.forget(raw, before, inputs.forgotten)
+    items, bad_items = judge_items(raw.items)
+    items = all_items(items, before["items"])
+    told = pl.concat([before["interactions"], before["waiting"]])
+    usable, unusable = histories.coded(raw.interactions, items["item_id"], told["user_id"])
+    broken = raw.rejects
+    del raw  # as text, ten million interactions take a gigabyte
+    judged = histories.judge(usable, told, params.min_history)
+    rejects = numbered(pl.concat([broken, bad_items, unusable, judged.rejects]))
     need_rows(params, items, "item", rejects)
-    need_rows(params, interactions, "interaction", rejects)
-    return {"items": items, "interactions": interactions, "rejects": rejects}
+    shown = judged.waiting if continues(inputs) and judged.interactions.is_empty() else judged.interactions
+    need_rows(params, shown, "interaction", rejects)
+    return {"items": items, "interactions": judged.interactions, "waiting": judged.waiting, "rejects": rejects}
 
 
+WRITES = {"items": Items, "interactions": Interactions, "waiting": Interactions, "rejects": Rejects}
 STAGE = Stage(
     name="ingest",
     params=Params,
     reads=(),
-    writes={"items": Items, "interactions": Interactions, "rejects": Rejects},
+    writes=WRITES,
     rows=rows,
     tables=tables,
     outside=outside,
+    continues=continues,
 )

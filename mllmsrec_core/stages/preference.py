@@ -12,13 +12,14 @@ from a user's first item, whether or not `max_steps` drops the oldest.
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import polars as pl
 from pydantic import Field
 
-from mllmsrec_core.ask import Decoding, Generate, Message, key
+from mllmsrec_core.ask import Decoding, Generate, Message, canonical, key
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import clean, fence
 
@@ -43,6 +44,8 @@ class Params(AskParams):
     recurrent_prompt: Annotated[str, fields("previous", "items")] = RECURRENT
     window_prompt: Annotated[str, fields("items")] = WINDOW
     max_tokens: int = Field(200, ge=1)
+    # follow: a step is asked again when the text of an item it read has changed; as_first_read: it keeps what it read.
+    upstream: Literal["follow", "as_first_read"] = "follow"
 
 
 class Preferences(dy.Schema):
@@ -52,8 +55,10 @@ class Preferences(dy.Schema):
     n_items = dy.Int32(min=1)
     preference = dy.String(nullable=True)
     is_latest = dy.Bool()
+    lineage = dy.String()  # digest of model, parameters and item ids behind the step: all but the items' texts
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def gap(days: float) -> str:
@@ -104,37 +109,64 @@ def begins_afresh(params: Params, step: int) -> bool:
 
 
 def rows(inputs: Inputs) -> pl.DataFrame:
-    """One row per user with the liked history, oldest first: `history` is a list of structs (seq, at, text)."""
+    """One row per user with the liked history, oldest first: `history` is a list of structs (seq, at, item_id, text).
+
+    `kept`, where steps keep what they read, holds those published before as structs (lineage, preference, ask).
+    """
+    params: Params = inputs.params["preference"]
     texts = (
         inputs["items"]
         .select("item_id", "title")
         .join(inputs["item_summaries"].select("item_id", "summary"), on="item_id", how="left")
         .select("item_id", text=pl.coalesce("summary", "title").fill_null("an unknown item"))
     )
-    return (
+    histories = (
         inputs["interactions"]
         .filter("liked")
         .join(texts, on="item_id")
         .sort("user_id", "seq")
         .group_by("user_id", maintain_order=True)
-        .agg(history=pl.struct("seq", "at", "text"), n=pl.len())
+        .agg(history=pl.struct("seq", "at", "item_id", "text"), n=pl.len())
     )
+    if params.upstream == "follow" or "preferences" not in inputs.before:
+        return histories
+    steps = inputs.before["preferences"].filter(pl.col("error").is_null(), pl.col("preference").is_not_null())
+    kept = steps.group_by("user_id").agg(kept=pl.struct("lineage", "preference", "ask").sort_by("step"))
+    return histories.join(kept, on="user_id", how="left", maintain_order="left")
+
+
+def lineages(inputs: Inputs, history: list[dict[str, Any]], stops: list[int]) -> list[str]:
+    """The lineage of each step, that is of the items before each of `stops`, which ascend."""
+    params = inputs.params["preference"].model_dump(mode="json", exclude={"upstream", "max_error_rate"})
+    running, found, start = sha256(canonical([params, inputs.need_model()]).encode()), [], 0
+    for stop in stops:
+        for item in history[start:stop]:
+            running.update(item["item_id"].encode() + b"\0")
+        found.append(running.hexdigest()[:32])
+        start = stop
+    return found
 
 
 def ask(inputs: Inputs, row: Row) -> Chain:
     params: Params = inputs.params["preference"]
     done: list[Row] = []
     previous: str | None = None
-    for step, start, stop in cut(params, len(row["history"])):
+    steps = cut(params, len(row["history"]))
+    kept = {old["lineage"]: old for old in row.get("kept") or ()}
+    for (step, start, stop), lineage in zip(
+        steps, lineages(inputs, row["history"], [s[2] for s in steps]), strict=True
+    ):
         items = row["history"][start:stop]
         previous = None if begins_afresh(params, step) else previous
-        if params.mode == "recurrent":
-            messages = recurrent_prompt(params, previous, items)
+        if old := kept.get(lineage):
+            previous, name, error = old["preference"], old["ask"], None
         else:
-            messages = window_prompt(params, items)
-        question = Generate(inputs.need_model(), messages, Decoding(params.max_tokens))
-        reply = yield question
-        previous = clean(reply.value) or previous  # a failed step leaves the one before standing
+            recurrent = params.mode == "recurrent"
+            messages = recurrent_prompt(params, previous, items) if recurrent else window_prompt(params, items)
+            question = Generate(inputs.need_model(), messages, Decoding(params.max_tokens))
+            reply = yield question
+            previous = clean(reply.value) or previous  # a failed step leaves the one before standing
+            name, error = key(question), reply.error
         done.append(
             {
                 "user_id": row["user_id"],
@@ -142,8 +174,9 @@ def ask(inputs: Inputs, row: Row) -> Chain:
                 "upto_seq": items[-1]["seq"],
                 "n_items": stop - start,
                 "preference": previous,
-                "ask": key(question),
-                "error": reply.error,
+                "lineage": lineage,
+                "ask": name,
+                "error": error,
             }
         )
     return done
@@ -162,4 +195,6 @@ STAGE = Stage(
     ask=ask,
     tables=tables,
     longest_first="n",
+    unit=("user_id",),
+    continues=lambda inputs: inputs.params["preference"].upstream == "as_first_read",
 )

@@ -50,6 +50,7 @@ class Scores(dy.Schema):
     rank = dy.Float64(min=1)  # expected rank in its list, ties shared
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 class Metrics(dy.Schema):
@@ -193,4 +194,5 @@ STAGE = Stage(
     tables=tables,
     done={name: column.dtype for name, column in Scores.columns().items() if name not in ("p_calibrated", "rank")},
     needs=("examples",),
+    unit=("user_id", "split", "target_seq", "item_id"),
 )

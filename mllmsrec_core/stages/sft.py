@@ -55,6 +55,7 @@ class Adapters(dy.Schema):
     curves = dy.String(nullable=True)  # canonical JSON
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def recipe(params: Params) -> str:
@@ -138,4 +139,5 @@ STAGE = Stage(
     ask=ask,
     tables=tables,
     needs=("score", "examples"),
+    pinned=True,
 )

@@ -44,6 +44,7 @@ class ItemSummaries(dy.Schema):
     modality = dy.Enum(["both", "text", "image", "none"])
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def facts(row: Row) -> str:
@@ -137,4 +138,5 @@ STAGE = Stage(
     rows=rows,
     ask=ask,
     tables=tables,
+    unit=("item_id",),
 )

@@ -24,8 +24,9 @@ from fsspec.core import split_protocol
 
 from mllmsrec_core.ask import Ask, Fetch, Reply
 from mllmsrec_core.datasets import demo
-from mllmsrec_core.errors import EngineError, ImageMissing, ImageRefused, Passing
+from mllmsrec_core.errors import EngineError, ImageMissing, ImageRefused, Passing, StoreError
 from storage.blobs import Blobs
+from storage.files import steadily
 from storage.source import inside
 from tasks.engines.pictures import MAX_PIXELS, check
 
@@ -117,19 +118,25 @@ class FetchEngine:
             scheme, path = split_protocol(uri)
             if scheme in (None, "file", "local"):
                 return self._read_local(os.path.realpath(path), uri)
-            fs, path = fsspec.url_to_fs(uri)
-            self._within(fs.size(path) or 0, uri)
-            return fs.cat_file(path)
+            return steadily(uri, lambda: self._read_remote(uri))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ImageMissing(f"nothing is at {uri}") from error
         except (PermissionError, ValueError) as error:  # ValueError: a NUL in the path
             raise ImageMissing(f"{uri!r} cannot be read: {error}") from error
+        except StoreError as error:  # what `steadily` makes of trouble that lasts
+            denied = isinstance(error.__cause__, PermissionError)
+            raise (ImageMissing if denied else Passing)(f"{uri} could not be read: {error}") from error
         except ImportError as error:
             raise EngineError(f"{uri} needs a file system that is not installed: {error}") from error
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 raise ImageMissing(f"{uri} cannot be read: {error}") from error
             raise Passing(f"{uri} could not be read: {error}") from error
+
+    def _read_remote(self, uri: str) -> bytes:
+        fs, path = fsspec.url_to_fs(uri)
+        self._within(fs.size(path) or 0, uri)
+        return fs.cat_file(path)
 
     def _read_local(self, path: str, uri: str) -> bytes:
         found = os.stat(path)

@@ -6,6 +6,7 @@ a real model's.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from hashlib import sha256
 
@@ -23,10 +24,12 @@ class ScriptedEngine:
     name = "scripted"
     answers: frozenset[type[Ask]] = frozenset({Generate, Choose, Embed, Train})
 
-    def __init__(self, blobs: Blobs) -> None:
-        self.blobs = blobs
+    def __init__(self, blobs: Blobs, seconds: float = 0.0) -> None:
+        self.blobs, self.seconds = blobs, seconds
 
     async def answer(self, ask: Ask) -> Reply:
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
         noise = sha256(key(ask)).digest()
         match ask:
             case Generate():

@@ -1,6 +1,7 @@
 """The report of an environment: one HTML file that holds everything it shows and fetches nothing.
 
-A pure function of what the environment's tables say, so writing it again changes nothing. Titles and model answers are
+A pure function of what the environment's tables say and of the corrections in force, so a state that was reported by
+this version of the package is not reported again. Titles and model answers are
 untrusted and always escaped. Works while stages are missing: their sections say which command fills them. Asks nothing.
 """
 
@@ -10,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -19,37 +21,65 @@ from markupsafe import Markup, escape
 
 import mllmsrec_core
 from mllmsrec_core.stages import STAGES
-from tasks.report import figures
+from tasks import environments
+from tasks.environments import coverage
+from tasks.environments import shown as shown_now
+from tasks.report import figures, overruled, ranking
 from tasks.report.exhibits import Exhibits
 from tasks.report.shown import Shown
 
 if TYPE_CHECKING:
+    from storage.store import Store
     from tasks.work import Work
 
 TOY = ("embedded-vlm", "embedded-clip")  # trained on the demo's kind of pictures and no other
 ORDER = tuple(stage.name for stage in STAGES)
+PINNED = {stage.name for stage in STAGES if stage.pinned}
+MADE_BY = f"mllmsrec {mllmsrec_core.__version__}"
 MAX_REASONS = 12
+MAX_VALUE = 300  # characters of a parameter that are shown: a prompt's beginning
 _SECRET = re.compile(r"://[^/@\s\"]+@")  # user and password inside a URL
 _TICKS = re.compile(r"`([^`]*)`")
 _PARTICULAR = re.compile(r"`[^`]*`|\d+")  # what differs between two rejects of one kind
 
 
 def write_report(work: Work, env: str) -> str:
-    """Write `reports/<env>/<seq>.html` to the store; returns its absolute path, or its URL in an object store.
+    """Write `reports/<env>/<seq>.html` to the store, unless this version has; returns its absolute path or URL.
 
     Raises UsageError when the environment has never published anything.
     """
-    shown = Shown(work.store, env)
-    name = f"reports/{env}/{shown.seq:08d}.html"
-    files = work.store.files
-    files.write(name, render(shown).encode())
-    return files.path(name) if files.local else files.fs.unstrip_protocol(files.path(name))
+    return write_page(work.store, env)
 
 
-def render(shown: Shown) -> str:
+def write_page(store: Store, env: str, compare: str | None = None, again: bool = False) -> str:
+    """As `write_report`; `again` writes it in any case.
+
+    With another environment to `compare` with, the page gains a section that sets both side by side and has a name of
+    its own, `<seq>.<other>-<seq of the other>.html`.
+    """
+    now = shown_now(store, env)
+    beside = None if compare is None else environments.compare(store, env, compare)
+    stem = f"{now['seq']:08d}" + (f".{compare}-{beside.seqs[1]:08d}" if beside else "")
+    name = f"reports/{env}/{stem}.html"
+    if again or not written(store, name):
+        store.files.write(name, render(Shown(store, env), beside).encode())
+    path = store.files.path(name)
+    return path if store.files.local else store.files.fs.unstrip_protocol(path)
+
+
+def written(store: Store, name: str) -> bool:
+    """Whether this version of the package has written the page `name`."""
+    try:
+        return MADE_BY in store.files.read(name)[:2_000].decode("utf-8", errors="replace")  # it stands in the head
+    except FileNotFoundError:
+        return False
+
+
+def render(shown: Shown, beside: environments.Comparison | None = None) -> str:
     """The whole page."""
     exhibits = Exhibits(shown)
     content = {
+        "made_by": MADE_BY,
         "env": shown.env,
         "seq": shown.seq,
         "at": shown.at,
@@ -62,11 +92,14 @@ def render(shown: Shown) -> str:
         "users": exhibits.users(),
         "mode": shown.params("preference").get("mode"),
         "training": figures.training(shown),
-        "metrics": figures.metrics(shown),
+        "pinned": pinned(shown),
+        "metrics": ranking.metrics(shown),
         "calibration": figures.calibration(shown),
         "audit": figures.audit(shown),
         "flags": exhibits.flags(),
         "failures": failures(shown),
+        "overruled": overruled.in_force(shown),
+        "beside": beside,
         "parameters": parameters(shown),
         "fingerprints": fingerprints(shown),
         "version": mllmsrec_core.__version__,
@@ -80,7 +113,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": count, "span": span, "share": share, "figure": figure, "ticks": ticks}
+    environment.filters |= {name.__name__: name for name in (count, span, share, figure, signed, short, ticks)}
     return environment.from_string(text)
 
 
@@ -111,6 +144,17 @@ def share(value: float | None) -> str:
 
 def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def short(value: Any) -> str:
+    """A parameter's value on a few lines."""
+    text = "–" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = safe(text)
+    return text if len(text) <= MAX_VALUE else text[:MAX_VALUE] + " …"
 
 
 def ticks(text: str) -> Markup:
@@ -188,7 +232,23 @@ def notices(shown: Shown) -> list[str]:
         )
     if sample := dataset(shown).sample:
         found.append(f"A sample of {sample:,} users drawn by hash, not the whole dataset.")
-    if stale := shown.stale():
+    for row in funnel(shown):
+        if row.coverage < 1:
+            since = (
+                f", the oldest of the others stands since {row.stale_since:%Y-%m-%d %H:%M} UTC"
+                if row.stale_since
+                else ""
+            )
+            part = share(row.coverage)
+            found.append(
+                f"Stage {row.stage}: {part} of its rows are up to date{since}. `mllmsrec run` goes on with them."
+            )
+    if at := pinned(shown):
+        found.append(
+            f"The adapter is pinned: it was trained on an earlier state of the data ({at[:10]}). "
+            "`mllmsrec run --retrain` trains anew."
+        )
+    if stale := [name for name in shown.stale() if name not in PINNED]:
         stages = ", ".join(dict.fromkeys(in_order(stale)))
         found.append(f"Made of older tables than the ones shown: {stages}. `mllmsrec run` brings them up to date.")
     if missing := [stage for stage in ORDER if stage not in shown.stages]:
@@ -196,6 +256,13 @@ def notices(shown: Shown) -> list[str]:
     if shown.lost:
         found.append(f"Files of these tables are gone: {', '.join(shown.lost)}. `mllmsrec run` rebuilds them.")
     return found
+
+
+def pinned(shown: Shown) -> str | None:
+    """When the adapter was trained, where the environment keeps it although the data have moved on."""
+    held = PINNED & set(shown.stale())
+    adapters = shown.table("adapters")
+    return shown.stages[min(held)]["at"] if held and adapters is not None and len(adapters) else None
 
 
 # --- the funnel -----------------------------------------------------------------------------------------------------
@@ -214,6 +281,8 @@ class FunnelRow:
     tokens_in: int
     tokens_out: int
     seconds: float
+    coverage: float  # share of the rows that are up to date
+    stale_since: datetime | None  # when the oldest of the others was left as it is
 
 
 def funnel(shown: Shown) -> list[FunnelRow]:
@@ -223,8 +292,16 @@ def funnel(shown: Shown) -> list[FunnelRow]:
         counts = record["counts"]
         tables = tuple((name, pointer["rows"]) for name, pointer in record["tables"].items())
         spent = {name: counts[name] for name in ("asked", "known", "failed", "tokens_in", "tokens_out")}
-        rows.append(FunnelRow(stage, tables, counts["rows"], seconds=record["seconds"], **spent))
+        fresh = {"coverage": coverage(record), "stale_since": stale_since(shown, record)}
+        rows.append(FunnelRow(stage, tables, counts["rows"], seconds=record["seconds"], **spent, **fresh))
     return rows
+
+
+def stale_since(shown: Shown, record: Mapping[str, Any]) -> datetime | None:
+    """Since when the stage's oldest row that is not up to date stands; None where all are, or none says."""
+    frames = [shown.table(name) for name in record["tables"]] if coverage(record) < 1 else []
+    dates = [frame["stale_since"].min() for frame in frames if frame is not None and "stale_since" in frame.columns]
+    return min((at for at in dates if isinstance(at, datetime)), default=None)
 
 
 def rejects(shown: Shown) -> list[tuple[str, int]] | None:

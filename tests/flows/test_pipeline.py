@@ -13,6 +13,7 @@ from flows.pipeline import NAMES, STAGE_FLOWS, pipeline
 from mllmsrec_core.ask import Ask, Reply
 from mllmsrec_core.errors import EngineError, UsageError
 from storage.blobs import Blobs
+from tasks.config import Options
 from tasks.engines.scripted import ScriptedEngine
 from tasks.work import open_work
 
@@ -26,7 +27,7 @@ def prefect() -> Iterator[None]:
 
 def run(config: Any, **how: Any) -> Any:
     open_work.cache_clear()
-    return pipeline(config.params, config.settings, return_state=True, **how)
+    return pipeline(config.params, config.settings, Options(**how), return_state=True)
 
 
 def stage_runs(state: Any) -> dict[str, str]:
@@ -90,8 +91,8 @@ class Fragile(ScriptedEngine):
 
     dead = 0
 
-    def __init__(self, blobs: Blobs) -> None:
-        super().__init__(blobs)
+    def __init__(self, blobs: Blobs, seconds: float) -> None:
+        super().__init__(blobs, seconds)
         self.broken = type(self).dead > 0
         type(self).dead -= 1
 
@@ -113,7 +114,7 @@ def test_an_engine_that_breaks_gets_one_more_try_with_a_fresh_one(small, monkeyp
 
 def test_the_form_offers_every_stage_and_setting_with_its_default():
     schema = pipeline.parameters
-    assert set(schema.properties) == {"params", "settings", "sample", "retry"}
+    assert set(schema.properties) == {"params", "settings", "options"}
     offered = schema.definitions["Pipeline"]["properties"]
     assert set(NAMES) < set(offered)
     assert schema.definitions["Settings"]["properties"]["store"]["default"] == "./store"

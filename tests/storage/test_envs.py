@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 
@@ -89,3 +90,69 @@ def test_a_damaged_pointer_is_named_with_what_to_do(files):
     files.write("stages/caption/f1.json", b'{"tables": ')
     with pytest.raises(StoreError, match=r"stages/caption/f1\.json.*Remove it"):
         Envs(files).record("caption", "f1")
+
+
+def test_the_history_holds_every_state_oldest_first_with_its_note(files):
+    envs = Envs(files)
+    assert envs.history("dev") == []
+    for n in range(1, 12):
+        envs.move("dev", {"caption": record(n)}, note=f"run {n}")
+    states = envs.history("dev")
+    assert [state["seq"] for state in states] == list(range(1, 12))
+    assert [state["note"] for state in states] == [f"run {n}" for n in range(1, 12)]
+    assert [state["stages"]["caption"] for state in states] == [record(n) for n in range(1, 12)]
+    assert states[-1] == envs.current("dev")
+    assert all(state["at"].endswith("+00:00") for state in states)
+
+
+def test_a_state_says_nothing_of_who_made_it(files):
+    Envs(files).move("dev", {"caption": record(1)})
+    assert set(Envs(files).current("dev")) == {"seq", "at", "note", "stages"}
+
+
+def test_a_state_written_without_a_note_can_be_read(files):
+    files.write("envs/dev/00000001.json", b'{"seq": 1, "at": "2026-01-01T00:00:00+00:00", "stages": {"caption": {}}}')
+    assert [state["stages"] for state in Envs(files).history("dev")] == [{"caption": {}}]
+
+
+def test_replace_shows_exactly_these_stages_and_move_adds_to_them(files):
+    envs = Envs(files)
+    envs.move("dev", {"caption": record(1), "summary": record(2)})
+    assert envs.replace("dev", {"caption": record(3)}, "rolled back to 7") == 2
+    assert envs.current("dev")["stages"] == {"caption": record(3)}
+    assert envs.current("dev")["note"] == "rolled back to 7"
+    assert envs.move("dev", {"summary": record(2)}) == 3
+    assert envs.current("dev")["stages"] == {"caption": record(3), "summary": record(2)}
+
+
+def test_replacing_by_what_is_shown_already_writes_nothing(files):
+    envs = Envs(files)
+    envs.move("dev", {"caption": {**record(1), "reads": ("a",)}}, "first")
+    assert envs.replace("dev", {"caption": {**record(1), "reads": ("a",)}}, "second") == 1
+    assert envs.current("dev")["note"] == "first"
+
+
+def test_racing_moves_and_replacements_each_get_a_number(tmp_path):
+    url = str(tmp_path)
+
+    def race(n: int) -> int:
+        envs = Envs(Files(url))
+        return envs.replace("dev", {"only": record(n)}, "r") if n % 2 else envs.move("dev", {f"stage{n}": record(n)})
+
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(race, range(24)))
+    states = Envs(Files(url)).history("dev")
+    assert sorted(numbers) == [state["seq"] for state in states] == list(range(1, 25))
+    for before, state in pairwise(states):  # a move keeps what stood before it, whoever wrote that
+        assert state["note"] == "r" or before["stages"].items() <= state["stages"].items()
+
+
+def test_the_last_measured_rate_of_a_stage_and_model_holds(files):
+    envs = Envs(files)
+    assert envs.rate("caption", "org--name@abc") is None
+    envs.write_rate("caption", "org--name@abc", 2.5)
+    envs.write_rate("caption", "org--name@abc", 7.25)
+    envs.write_rate("images", "source", 100.0)
+    assert envs.rate("caption", "org--name@abc") == 7.25
+    assert (envs.rate("caption", "source"), envs.rate("images", "source")) == (None, 100.0)
+    assert files.names("rates") == ["rates/caption/org--name@abc.json", "rates/images/source.json"]

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 import os
 import uuid
 
@@ -139,6 +140,15 @@ def test_a_truncated_gzip_file_is_an_error_that_says_so(tmp_path):
         source.table("a.csv.gz")
 
 
+@pytest.mark.parametrize(("end", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+def test_a_damaged_compressed_file_is_an_error_that_says_so(tmp_path, end, pack):
+    content = bytearray(pack(os.urandom(10_000)))
+    content[20:60] = b"\xff" * 40
+    (tmp_path / f"a.csv{end}").write_bytes(content)
+    with pytest.raises(SourceError, match=r"cannot read .*a\.csv"):
+        FsspecSource(str(tmp_path)).table(f"a.csv{end}")
+
+
 def test_parquet_keeps_its_types_and_numbers_its_rows(tmp_path):
     pl.DataFrame({"id": [1, 2], "tags": [["a"], []]}).write_parquet(tmp_path / "a.parquet")
     rows, _ = FsspecSource(str(tmp_path)).table("a.parquet", {"item_id": "id", "t": "tags"})
@@ -181,10 +191,21 @@ def test_a_missing_column_names_the_nearest(tmp_path, name, content):
         FsspecSource(str(tmp_path)).table(name, {"user": "user_id"})
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff", "\ufeff\n"])
 def test_an_empty_file_is_an_error(tmp_path, content):
     with pytest.raises(SourceError, match=r"a\.csv is empty"):
         source_of(tmp_path, a__csv=content).table("a.csv")
+
+
+@pytest.mark.parametrize(("content", "why"), [("\na,b\n1,2\n", "is empty"), ("a" * 200_000 + "\n", "field limit")])
+def test_a_header_that_cannot_be_read_is_an_error_that_says_so(tmp_path, content, why):
+    with pytest.raises(SourceError, match=rf"a\.csv.*{why}|{why}.*a\.csv"):
+        source_of(tmp_path, a__csv=content).table("a.csv")
+
+
+def test_half_a_surrogate_pair_in_json_costs_one_character(tmp_path):
+    rows, _ = source_of(tmp_path, a__jsonl='{"i\\ud800": "a\\ud800", "t": ["\\udfff"]}\n').table("a.jsonl")
+    assert rows.to_dicts() == [{"i?": "a?", "t": '["?"]', "line": 1}]
 
 
 def test_a_header_without_rows_is_an_empty_table(tmp_path):

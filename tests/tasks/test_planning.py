@@ -36,7 +36,7 @@ def test_an_edited_prompt_is_priced_exactly_with_its_cause_and_a_reverted_one_co
     plan = planned(edited)
     pictures = ran["caption"]["tables"]["captions"]["rows"]
     due = plan["caption"].due
-    assert (due.rows, due.low, due.high, plan["caption"].why) == (pictures, pictures, pictures, "caption.prompt")
+    assert (due.rows, due.low, due.high, plan["caption"].why) == (pictures, pictures, pictures, "prompt caption.prompt")
     assert plan["summary"].due.low == 0 < plan["summary"].due.high
     assert "upstream captions" in plan["summary"].why
     after = run_all(edited)
@@ -69,6 +69,12 @@ OTHER = {
     "flush_seconds": 0.5,
     "allow_hosts": '["example.org"]',
     "scratch": '"/nowhere"',
+    "storage_options": "{auto_mkdir = true}",
+    "price_in": 1.5,
+    "price_out": 3,
+    "currency": '"EUR"',
+    "min_coverage": 0.5,
+    "scripted_seconds": 0.001,
 }
 ONE_OF_A_KIND = {"engine"}  # the only choice there is
 

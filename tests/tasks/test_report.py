@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,22 @@ import pytest
 
 from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stages import STAGES
+from storage.corrections import Correction
 from storage.store import Store
 from tasks.config import Config, Pipeline, Settings
-from tasks.report import figures, parameters, rejects, safe, span, toml, write_report
+from tasks.report import (
+    MADE_BY,
+    figures,
+    parameters,
+    ranking,
+    rejects,
+    safe,
+    short,
+    span,
+    toml,
+    write_page,
+    write_report,
+)
 from tasks.report.shown import Shown, Thumbnails
 from tasks.work import Work, open_work
 
@@ -99,7 +113,25 @@ def test_the_page_loads_nothing_and_runs_nothing(html: str) -> None:
 
 
 def test_writing_it_again_writes_the_same_bytes(work: Work, html: str) -> None:
-    assert page(work) == html
+    assert Path(write_page(work.store, "dev", again=True)).read_text("utf-8") == html
+
+
+def test_a_state_this_version_has_reported_is_not_written_again_unless_asked_for(work: Work) -> None:
+    path = Path(write_report(moved(work, "once", {}), "once"))
+    mark = path.read_text("utf-8").replace("</body>", "<!-- as it was --></body>")
+    path.write_text(mark, "utf-8")
+    assert write_report(work, "once") == str(path) and path.read_text("utf-8") == mark
+    write_page(work.store, "once", again=True)
+    assert "as it was" not in path.read_text("utf-8")
+
+
+def test_a_page_of_another_version_or_a_new_state_is_written(work: Work) -> None:
+    path = Path(write_report(moved(work, "upgraded", {}), "upgraded"))
+    path.write_text(path.read_text("utf-8").replace(MADE_BY, "mllmsrec 0.0.1"), "utf-8")
+    write_report(work, "upgraded")
+    assert MADE_BY in path.read_text("utf-8")
+    moved(work, "upgraded", {"captions": lambda frame: frame.with_columns(caption=pl.lit("another"))})
+    assert Path(write_report(work, "upgraded")).name == "00000002.html"
 
 
 def test_a_finished_run_has_every_section_and_misses_nothing(html: str) -> None:
@@ -214,6 +246,91 @@ def test_embedded_models_on_real_pictures_are_announced_as_poor(work: Work, html
     assert "captions will be poor" not in html
 
 
+def test_rows_that_are_not_up_to_date_are_counted_and_dated(work: Work, html: str) -> None:
+    since = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+
+    def age(frame: pl.DataFrame) -> pl.DataFrame:
+        old = pl.when(pl.int_range(pl.len()) < 5).then(pl.lit(since)).cast(pl.Datetime("us", "UTC"))
+        return frame.with_columns(stale_since=old)
+
+    moved(work, "aged", {"captions": age})
+    stages = work.store.envs.current("aged")["stages"]
+    stages["caption"]["coverage"] = 0.875
+    work.store.envs.move("aged", stages)
+    aged = body(page(work, "aged"))
+    assert "Stage caption: 87.5 % of its rows are up to date" in aged
+    assert "stands since 2026-01-02 03:04 UTC" in aged
+    assert "87.5 % up to date" in section(aged, "stages") and "up to date" not in section(html, "stages")
+
+
+def test_a_pinned_adapter_is_said_to_be_pinned_and_not_out_of_date(work: Work, html: str) -> None:
+    change: dict[str, Change] = {"examples": lambda frame: frame.with_columns(position=pl.col("position") + 1)}
+    changed = body(page(moved(work, "pinned", change), "pinned"))
+    assert "The adapter is pinned: it was trained on an earlier state of the data" in changed
+    assert "Pinned since" in section(changed, "training")
+    notice = changed.split("Made of older tables than the ones shown: ")[1].split(".")[0]
+    assert "score" in notice and "sft" not in notice
+    assert "pinned" not in html.casefold()
+
+
+def test_corrections_in_force_are_listed_with_their_reasons(work: Work, html: str, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    for name in work.store.files.names(""):
+        store.files.write(name, work.store.files.read(name))
+    captions = Shown(store, "dev").table("captions")
+    assert captions is not None
+    first, second, *others = captions["ask"].to_list()
+    at = datetime(2026, 1, 2, tzinfo=UTC)
+    wrong = Correction("replace", "A first guess.", "", at, "wrong")
+    right = Correction("replace", "A <b>red</b> mug.", "the shop", at + timedelta(hours=1), "it is a mug")
+    again = Correction("reask", None, "", at, "all too short")
+    store.corrections.write([(first, "caption", wrong), (second, "caption", again)])
+    store.corrections.write([(first, "caption", right), *((key, "caption", again) for key in others)])
+    html = Path(write_page(store, "dev", again=True)).read_text("utf-8")
+    listed = section(html, "corrections")
+    assert f"{len(captions)} answers overruled" in listed
+    assert "A &lt;b&gt;red&lt;/b&gt; mug." in listed and "it is a mug" in listed and "the shop" in listed
+    assert "A first guess." not in listed  # the newer one holds
+    assert f"{len(others) + 1} answers</td>" in listed and listed.count("all too short") == 1
+    images = Shown(store, "dev").table("images")
+    assert images is not None
+    owners = images.join(captions.filter(pl.col("ask") == first), on="sha256", how="semi")["item_id"].sort()
+    assert ", ".join(owners.head(5)) in listed
+
+
+def test_an_environment_without_corrections_has_no_such_section(html: str) -> None:
+    assert 'id="corrections"' not in html and "#corrections" not in html
+
+
+def test_two_environments_stand_side_by_side_where_that_is_asked_for(work: Work, html: str) -> None:
+    moved(work, "beside", {"scores": lambda frame: frame.with_columns(-pl.col("logit"))})
+    stages = work.store.envs.current("beside")["stages"]
+    stages["caption"]["parts"]["params"]["caption"]["prompt"] = "Name <it>. " + "x" * 1_000
+    work.store.envs.move("beside", stages)
+    path = Path(write_page(work.store, "dev", compare="beside"))
+    assert path.name == "00000001.beside-00000002.html"
+    compared = section(path.read_text("utf-8"), "compared")
+    rows = {cells[0]: cells for cells in rows_of(compared)}
+    assert rows["captions"][-1] == "equal" and rows["scores"][-1] == "differs"
+    assert "caption.prompt" in rows and "Name &lt;it&gt;. xxx" in compared and "x" * 400 not in compared
+    assert "recommendations" in rows and "did not rank the same candidates" not in compared
+    assert 'id="compared"' not in html and "#compared" not in html
+
+
+def rows_of(html: str) -> list[list[str]]:
+    """The text of every table cell, row by row."""
+    rows = re.findall(r"<tr.*?</tr>", html, re.S)
+    return [
+        [re.sub(r"<[^>]+>", " ", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.S)] for row in rows
+    ]
+
+
+def test_a_parameter_is_shown_on_a_few_lines_and_without_passwords() -> None:
+    assert short(None) == "–" and short("x") == "x" and short({"a": 1}) == '{"a": 1}'
+    assert len(short("x" * 5_000)) < 400
+    assert short("s3://me:secret@bucket") == "s3://…@bucket"
+
+
 def test_stages_made_of_older_tables_are_named(work: Work) -> None:
     changed = moved(work, "stale", {"captions": lambda f: f.with_columns(caption=pl.lit("another"))})
     assert "Made of older tables than the ones shown: summary, audit." in page(changed, "stale")
@@ -259,26 +376,66 @@ def metric(scorer: str, value: float, low: float, high: float) -> dict[str, Any]
 )
 def test_no_more_is_said_of_the_model_than_its_interval_allows(low: float, high: float, words: str) -> None:
     rows = [metric("model", (low + high) / 2, low, high), metric("random", 0.5, 0.5, 0.5)]
-    said = figures.verdicts(pl.DataFrame(rows), ["model", "random"])
+    said = ranking.verdicts(pl.DataFrame(rows), ["model", "random"])
     assert len(said) == 1 and words in said[0] and "50 users" in said[0]
 
 
 def test_overlapping_intervals_settle_nothing() -> None:
     rows = [metric("model", 0.7, 0.6, 0.8), metric("itemknn", 0.65, 0.55, 0.75), metric("popularity", 0.5, 0.45, 0.55)]
-    _, knn, popularity = figures.verdicts(pl.DataFrame(rows), ["model", "itemknn", "popularity"])
+    _, knn, popularity = ranking.verdicts(pl.DataFrame(rows), ["model", "itemknn", "popularity"])
     assert "does not settle" in knn and "above popularity" in popularity
 
 
+def difference(other: str, value: float, low: float, high: float) -> ranking.Difference:
+    return ranking.Difference(other, (figures.Interval(value, low, high),), 0.5, 50)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.09, "It is above ItemKNN"),
+        (-0.02, 0.12, "cannot be told from ItemKNN"),
+        (-0.2, -0.1, "It is below ItemKNN"),
+    ],
+)
+def test_the_difference_on_the_same_lists_decides_and_not_whether_intervals_overlap(
+    low: float, high: float, words: str
+) -> None:
+    rows = pl.DataFrame([metric("model", 0.7, 0.6, 0.8), metric("itemknn", 0.65, 0.55, 0.75)])
+    _, said = ranking.verdicts(rows, ["model", "itemknn"], [difference("ItemKNN", (low + high) / 2, low, high)])
+    assert words in said and f"{low:+.3f} to {high:+.3f}" in said and "overlap" not in said
+
+
+def test_paired_differences_are_those_of_the_published_metrics(work: Work) -> None:
+    shown = Shown(work.store, "dev")
+    table = shown.table("metrics")
+    assert table is not None
+    value = {row[:3]: row[3] for row in table.filter(slice="all").select("scorer", "metric", "k", "value").rows()}
+    columns = [("auc", 0), ("hr", 5), ("ndcg", 10)]
+    found = ranking.paired(shown, ["itemknn", "popularity", "random", "somebody else's"], columns)
+    assert [one.other for one in found] == ["ItemKNN", "popularity", "random"]
+    for name, one in zip(["itemknn", "popularity", "random"], found, strict=True):
+        for column, cell in zip(columns, one.cells, strict=True):
+            assert cell.value == pytest.approx(value["model", *column] - value[name, *column])
+            assert cell.low is not None and cell.high is not None and cell.low <= cell.value <= cell.high
+
+
+def test_nothing_is_said_of_differences_where_other_interactions_are_shown(work: Work, html: str) -> None:
+    assert "The model minus each baseline" in html
+    fewer = page(moved(work, "fewer", {"interactions": lambda frame: frame.head(len(frame) - 1)}), "fewer")
+    assert "The model minus each baseline" not in fewer and "No paired differences" in fewer
+
+
 def test_a_slice_of_few_users_shows_no_interval(work: Work) -> None:
-    found = figures.metrics(Shown(work.store, "dev"))
+    found = ranking.metrics(Shown(work.store, "dev"))
     assert found is not None and any(part.few for part in found.slices)
     assert all(cell.low is None for part in found.slices if part.few for cell in part.cells)
 
 
 def test_the_cut_off_of_the_chart_leaves_room_for_chance() -> None:
-    assert figures.cut_off([1, 3, 5, 10], (21, 21)) == 5
-    assert figures.cut_off([1, 3, 5, 10], (101, 101)) == 10
-    assert figures.cut_off([1, 3, 5, 10], (2, 2)) == 1
+    assert ranking.cut_off([1, 3, 5, 10], (21, 21)) == 5
+    assert ranking.cut_off([1, 3, 5, 10], (101, 101)) == 10
+    assert ranking.cut_off([1, 3, 5, 10], (2, 2)) == 1
 
 
 def test_the_wilson_interval_of_none_in_ten_reaches_up_to_0_28() -> None:

@@ -22,7 +22,8 @@ from mllmsrec_core.ask import Embed, Fetch, Generate, Reply, key
 from mllmsrec_core.errors import EngineError, StoreError, TooManyErrors
 from storage.store import Store
 from tasks.engines.scripted import ScriptedEngine
-from tasks.run_stage import How, fingerprint, run_rows, run_stage
+from tasks.run_stage import fingerprint, run_stage
+from tasks.runner import How, run_rows
 
 sys.path.append(str(Path(__file__).parent))  # other processes import it by name
 import toy
@@ -43,8 +44,8 @@ def run(store: Store, rows: list[tuple[str, int]], engine: Any = None, **how: An
     engine = engine or toy.Watched(store)
     stage = toy.stage(how.pop("ask", toy.ask), how.pop("longest_first", None))
     given = toy.inputs(toy.frame(rows), how.pop("max_error_rate", 1.0))
-    done, counts = run_rows(stage, given, given["rows"], store, lambda _: engine, How(**how))
-    return done, counts, engine
+    units, counts = run_rows(stage, given, given["rows"], store, lambda _: engine, How(**how))
+    return [row for unit in units for row in unit.rows], counts, engine
 
 
 def texts(asks: list[Any]) -> list[str]:

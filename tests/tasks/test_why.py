@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
@@ -10,6 +11,7 @@ import pytest
 
 from mllmsrec_core.errors import UsageError
 from tasks.config import Config, Pipeline, Settings
+from tasks.overrule import correct
 from tasks.report.shown import Shown
 from tasks.why import Link, trace, why
 from tasks.work import Work, open_work
@@ -182,3 +184,21 @@ def test_control_characters_never_reach_the_terminal(work: Work) -> None:
     told = why(work, "escape", item="I0003")
     assert any("wiped" in line for line in told)
     assert all(line.isprintable() for line in told)
+
+
+# --- what was overruled ---
+
+
+def test_a_correction_is_shown_with_who_when_and_why_beside_the_answer_it_overruled(work: Work) -> None:
+    image = table(work, "images").row(by_predicate=pl.col("item_id") == "I0007", named=True)
+    row = table(work, "captions").row(by_predicate=pl.col("sha256") == image["sha256"], named=True)
+    assert not any("replaced on" in line for line in why(work, "dev", item="I0007"))
+    correct(work, "dev", "I0007", text="A mug of glass.", why="it is see-through", by="Ada")
+    correct(work, "dev", "I0007", ban=True, why="of another shop", by="")
+    told = why(work, "dev", item="I0007")
+    made = [line.strip() for line in told if " UTC by " in line]
+    at = f"{datetime.now(UTC):%Y-%m-%d}"
+    assert made[0].startswith(f"replaced on {at}") and made[0].endswith("by Ada: it is see-through")
+    assert made[1].startswith(f"banned on {at}") and made[1].endswith("by nobody named: of another shop")
+    assert any(f"the model's own answer: {row['caption']}" in line for line in told)
+    assert any("failed, banned: of another shop" in line for line in told)

@@ -17,7 +17,8 @@ from mllmsrec_core.errors import ContextTooLong, Passing
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
 from storage.store import Store
 from tasks.engines.scripted import MODEL, ScriptedEngine
-from tasks.run_stage import How, run_stage
+from tasks.run_stage import run_stage
+from tasks.runner import How
 
 INTERRUPTED = 9  # the exit code of a process that Ctrl-C or SIGTERM ended
 
@@ -28,6 +29,7 @@ class Toys(dy.Schema):
     x = dy.Float64(nullable=True)
     ask = dy.Binary(nullable=True)
     error = dy.String(nullable=True)
+    stale_since = dy.Datetime(time_unit="us", time_zone="UTC", nullable=True)
 
 
 def say(*words: object) -> Generate:

@@ -2,9 +2,7 @@
 
 import itertools
 import random
-import time
 import tomllib
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -12,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllmsrec_core.datasets import INTERACTIONS, ITEMS
+from mllmsrec_core.datasets import ITEMS
 from mllmsrec_core.errors import SourceError
 from mllmsrec_core.stage import Inputs, conform
 from mllmsrec_core.stages import ingest
@@ -164,23 +162,6 @@ def test_an_empty_dataset_is_an_error_that_says_what_to_do(items, clicks, messag
         shop(items, clicks)
 
 
-def test_where_a_source_has_no_times_its_own_order_is_kept():
-    frame = pl.DataFrame(
-        {"user_id": ["u", "v", "u", "u"], "item_id": ["b", "a", "a", "b"], "liked": [True] * 4},
-        schema_overrides=INTERACTIONS,
-    )
-    missing = [pl.lit(None, dtype).alias(name) for name, dtype in INTERACTIONS.items() if name not in frame.columns]
-    items = pl.DataFrame({"item_id": ["a", "b"]})
-    ordered, rejects = ingest.judge_interactions(frame.with_columns(missing), items, 0)
-    assert ordered.select("user_id", "seq", "item_id").rows() == [
-        ("u", 0, "b"),
-        ("u", 1, "a"),
-        ("u", 2, "b"),
-        ("v", 0, "a"),
-    ]
-    assert rejects.is_empty()
-
-
 def test_the_demo_shop_needs_no_source_and_loses_nothing():
     tables = run(ingest.Params(demo={"items": 30, "users": 10}))  # type: ignore[arg-type]
     assert tables["items"].height == 30
@@ -219,26 +200,6 @@ def test_the_order_of_the_rows_means_nothing(items, clicks, rng):
     assert before["items"].equals(after["items"])
     assert before["interactions"].equals(after["interactions"])
     assert before["rejects"].height == after["rejects"].height
-
-
-def test_a_million_interactions_are_judged_in_seconds():
-    n = 1_000_000
-    frame = pl.DataFrame(
-        {"user_id": (pl.int_range(n, eager=True) * 7919 % 50_021).cast(pl.String)},
-    ).with_columns(
-        item_id=(pl.int_range(n) * 104_729 % 20_011).cast(pl.String),
-        at=pl.lit(datetime(2024, 1, 1, tzinfo=UTC)).cast(INTERACTIONS["at"])
-        + pl.duration(seconds=pl.int_range(n) * 31 % 86_399),
-        rating=pl.lit(4.0),
-        liked=pl.lit(True),
-        source=pl.lit("made"),
-        line=pl.int_range(n, dtype=pl.UInt32),
-    )
-    items = pl.DataFrame({"item_id": [str(i) for i in range(20_000)]})
-    begin = time.perf_counter()
-    kept, rejects = ingest.judge_interactions(frame.sample(fraction=1, shuffle=True, seed=1), items, 2)
-    assert kept.height + rejects.height == n
-    assert time.perf_counter() - begin < 15
 
 
 @pytest.mark.skipif(not POSTERS.exists(), reason="the MovieLens release with posters is not beside the repository")

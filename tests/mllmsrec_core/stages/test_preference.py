@@ -29,12 +29,18 @@ params = st.builds(
 
 
 def history(n: int) -> list[dict[str, Any]]:
-    return [{"seq": 2 * i, "at": START + timedelta(days=i), "text": f"item {i}"} for i in range(n)]
+    return [{"seq": 2 * i, "at": START + timedelta(days=i), "item_id": f"i{i}", "text": f"item {i}"} for i in range(n)]
 
 
-def walked(params: Params, items: list[dict[str, Any]], answer=lambda ask: Reply(f"said {key(ask).hex()}")):
+def walked(
+    params: Params,
+    items: list[dict[str, Any]],
+    answer=lambda ask: Reply(f"said {key(ask).hex()}"),
+    row: dict[str, Any] | None = None,
+    model: Model = MODEL,
+):
     """The finished rows, and every question in order."""
-    chain = ask(Inputs({}, {"preference": params}, MODEL), {"user_id": "u", "history": items})
+    chain = ask(Inputs({}, {"preference": params}, model), row or {"user_id": "u", "history": items})
     asked = []
     try:
         question = next(chain)
@@ -175,10 +181,44 @@ def test_histories_hold_liked_items_in_order_with_the_best_text_there_is():
 
 def test_the_latest_step_of_each_user_is_marked():
     done = [row for user in rows(inputs()).to_dicts() for row in walked(Params(block=1), user["history"])[0]]
-    table = conform(tables(inputs(), pl.DataFrame(done))["preferences"], preference.Preferences)
+    finished = pl.DataFrame(done).with_columns(stale_since=None)
+    table = conform(tables(inputs(), finished)["preferences"], preference.Preferences)
     assert table["is_latest"].to_list() == [False, False, True]
 
 
 def test_user_ids_never_enter_a_prompt():
     _, asked = walked(Params(), history(6))
     assert all('"u"' not in repr(question) and "user_id" not in repr(question) for question in asked)
+
+
+@given(params, st.integers(0, 30), st.integers(0, 10), st.integers(0, 29))
+def test_steps_kept_as_first_read_ask_nothing_although_a_text_changed_and_new_ones_go_on_from_them(
+    params, n, more, changed
+):
+    before, _ = walked(params, history(n))
+    after = history(n + more)
+    if after:
+        after[changed % len(after)]["text"] = "another text"
+    fresh, _ = walked(params, after)
+    kept = [{name: row[name] for name in ("lineage", "preference", "ask")} for row in before]
+    row = {"user_id": "u", "history": after, "kept": kept}
+    done, asked = walked(params, after, row=row)
+    assert [r["step"] for r in done] == [r["step"] for r in fresh]
+    old = {r["lineage"]: r for r in before}
+    assert all(r == old[r["lineage"]] for r in done if r["lineage"] in old)
+    assert len(asked) == sum(r["lineage"] not in old for r in done)
+
+
+def test_steps_are_not_kept_for_other_items_parameters_or_another_model():
+    items = history(6)
+    lineages = {row["step"]: row["lineage"] for row in walked(Params(), items)[0]}
+    swapped = [items[0], items[2], items[1], *items[3:]]
+    others = [
+        walked(Params(), swapped)[0],
+        walked(Params(recurrent_prompt="{items}"), items)[0],
+        walked(Params(max_tokens=7), items)[0],
+        walked(Params(), items, model=Model("scripted", "2"))[0],
+    ]
+    assert all(row["lineage"] != lineages[row["step"]] for rows in others for row in rows)
+    follows = walked(Params(upstream="as_first_read", max_error_rate=1.0), items)[0]
+    assert {row["step"]: row["lineage"] for row in follows} == lineages

@@ -1,0 +1,338 @@
+"""Drives the rows of any stage: known Asks are answered from the store, the rest by engines.
+
+One bounded window of rows is in flight; a chain goes on as soon as its own reply is there, so users never wait for each
+other. Replies are flushed as they come, on Ctrl-C and on SIGTERM too. Knows nothing of tables, Prefect or any one stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import polars as pl
+
+from mllmsrec_core.ask import Ask, Fetch, Generate, Reply, Train, key
+from mllmsrec_core.errors import AskError, EmptyReply, TooManyErrors
+from mllmsrec_core.stage import Chain, Inputs, Row, Stage
+from storage.presence import Presence, present
+from storage.store import Store
+from tasks.engines import Engine
+
+MIN_ROWS_FOR_ERROR_RATE = 50  # fewer say little about a share; the end of the stage checks in any case
+
+SECONDS_ALONE = 1.0  # between two looks for other runs on the stage: one listing of a small folder
+SECONDS_TOGETHER = 0.25  # between two looks at each other's answers while several runs share a stage
+ROWS_PER_BREATH = 50  # known rows between two looks at signals, progress and engines: some milliseconds
+
+
+@dataclass
+class Counts:
+    """What a stage has done so far; the progress bar reads it while the runner writes it."""
+
+    rows: int = 0
+    done: int = 0
+    failed: int = 0
+    known: int = 0
+    asked: int = 0
+    carried: int = 0  # of the rows: published before for the very same row
+    unreached: int = 0  # of the rows: left as they were when the time was over
+    passing: int = 0  # asked in vain for now: the next run asks them again
+    tokens_in: int = 0
+    tokens_out: int = 0
+    errors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class How:
+    """Settings of one run: none of them changes a byte of output."""
+
+    window: int = 256
+    retry: frozenset[str] = frozenset()
+    keep_rows: Callable[[pl.DataFrame], pl.DataFrame] | None = None  # a sample
+    progress: Callable[[str, Counts], None] | None = None
+    deadline: float | None = None  # seconds since the epoch after which no further row is started
+    most_asks: int | None = None  # start no further row once this many were asked
+    rank: Callable[[pl.DataFrame], pl.DataFrame] | None = None  # the order in which rows go, instead of the stage's own
+
+
+@dataclass
+class Unit:
+    """One row's chain under way: the keys of its Asks so far, and its finished rows at the end."""
+
+    number: int
+    chain: Chain
+    subjects: tuple[bytes, ...]
+    keys: list[bytes] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+
+class Oracle:
+    """Answers Asks: from the store where it can, once per key where several rows ask the same."""
+
+    def __init__(self, store: Store, engine_for: Callable[[Ask], Engine], how: How, counts: Counts) -> None:
+        self.store, self.engine_for, self.how, self.counts = store, engine_for, how, counts
+        self._in_flight: dict[bytes, asyncio.Future[Reply]] = {}
+        self._asked: set[bytes] = set()  # a retry asks once, not once per row
+
+    def known(self, ask: Ask, name: bytes) -> Reply | None:
+        retry = self.how.retry if name not in self._asked else frozenset[str]()
+        reply = self.store.replies.get(ask, name, retry)
+        if reply is None or (retry and self._lost(ask, reply)):
+            return None
+        self.counts.known += 1
+        return reply
+
+    def _lost(self, ask: Ask, reply: Reply) -> bool:
+        """Whether the answer names a blob that is gone. Looked up only in a retry, the command that mends it."""
+        return isinstance(ask, Fetch | Train) and bool(reply.value) and not self.store.blobs.has(reply.value["sha256"])
+
+    async def answer(self, ask: Ask, name: bytes) -> Reply:
+        """The engine's reply, stored. A bad row becomes a failed Reply; EngineError goes through to the caller."""
+        if name in self._in_flight:
+            self.counts.known += 1
+            return await asyncio.shield(self._in_flight[name])
+        if (reply := self.known(ask, name)) is not None:  # another row asked it while this one waited for the window
+            return reply
+        future = self._in_flight[name] = asyncio.get_running_loop().create_future()
+        try:
+            self._asked.add(name)
+            reply = self.store.replies.add(ask, name, await self._ask(ask))
+            future.set_result(reply)
+        except BaseException as error:
+            future.set_exception(error)
+            future.exception()  # read once, so that a lone asker leaves no warning behind
+            raise
+        finally:
+            self._in_flight.pop(name, None)
+        return reply
+
+    async def _ask(self, ask: Ask) -> Reply:
+        started = time.monotonic()
+        try:
+            reply = await self.engine_for(ask).answer(ask)
+            if isinstance(ask, Generate) and isinstance(reply.value, str) and not reply.value.strip():
+                reply = replace(reply, value=None, error=EmptyReply.error_class, detail="the model wrote nothing")
+        except AskError as error:
+            reply = Reply(error=error.error_class, detail=str(error), passing=error.passing)
+        self.counts.asked += 1
+        self.counts.passing += reply.passing
+        self.counts.tokens_in += reply.tokens_in
+        self.counts.tokens_out += reply.tokens_out
+        return replace(reply, seconds=reply.seconds or time.monotonic() - started)
+
+
+def _advance(unit: Unit, oracle: Oracle, reply: Reply | None) -> tuple[Ask, bytes] | None:
+    """Run a chain through everything already known: its next open question, or None when its rows are finished."""
+    try:
+        ask = next(unit.chain) if reply is None else unit.chain.send(reply)
+        while (known := oracle.known(ask, name := _name(unit, ask, oracle.store))) is not None:
+            ask = unit.chain.send(known)
+        return ask, name
+    except StopIteration as end:
+        unit.rows = end.value
+        return None
+
+
+def _name(unit: Unit, ask: Ask, store: Store) -> bytes:
+    """The Ask's key, noted for its unit and for whom it is about."""
+    name = key(ask)
+    unit.keys.append(name)
+    if unit.subjects:
+        store.replies.used(name, unit.subjects)
+    return name
+
+
+class Run:
+    """One pass of one stage over its rows."""
+
+    def __init__(self, stage: Stage, inputs: Inputs, oracle: Oracle, how: How, counts: Counts) -> None:
+        self.stage, self.inputs, self.oracle, self.how, self.counts = stage, inputs, oracle, how, counts
+        self.limit: float = getattr(inputs.params[stage.name], "max_error_rate", 1.0)
+        self.finished: dict[int, Unit] = {}
+        self.together = False  # whether other runs are at work on the stage
+
+    async def all(self, rows: pl.DataFrame, presence: Presence) -> list[Unit]:
+        """Every row that was reached, in the order of `rows`; longest chains start first where the stage says so."""
+        place, runs = presence.place()
+        self.together = runs > 1
+        try:
+            async with asyncio.TaskGroup() as outer:  # a ticker that cannot write must end the run too
+                ticker = outer.create_task(self._tick(presence))
+                async with asyncio.TaskGroup() as group:
+                    await self._start_all(self._in_order(rows, place), group, presence)
+                ticker.cancel()
+        except BaseExceptionGroup as errors:  # the first one says why; the others are its echoes
+            raise _first(errors) from None
+        finally:
+            self.oracle.store.replies.flush()
+        self._check_error_rate(at_end=True)
+        return [self.finished[number] for number in sorted(self.finished)]
+
+    def over(self) -> bool:
+        """Whether the time or the number of questions this run was given is used up."""
+        how = self.how
+        late = how.deadline is not None and time.time() >= how.deadline
+        return late or (how.most_asks is not None and self.counts.asked >= how.most_asks)
+
+    async def _start_all(self, rows: pl.DataFrame, group: asyncio.TaskGroup, presence: Presence) -> None:
+        """Finish what is known, and start what is not as the window has room."""
+        window = asyncio.Semaphore(self._window(len(rows)))
+        for count, row in enumerate(rows.iter_rows(named=True), 1):
+            if self.over():
+                return
+            assert self.stage.ask is not None
+            number = row.pop("__row")
+            unit = Unit(number, self.stage.ask(self.inputs, row), self.oracle.store.subjects(row))
+            step = _advance(unit, self.oracle, None)
+            if step is None:
+                self._finish(unit)
+            else:
+                await window.acquire()
+                group.create_task(self._drive(unit, step, window, presence))
+            if count % ROWS_PER_BREATH == 0:
+                await asyncio.sleep(0)
+
+    def _window(self, rows: int) -> int:
+        """Runs that share a stage keep fewer rows in flight, so that few are in flight twice where they meet."""
+        return min(self.how.window, max(1, rows // 16)) if self.together else self.how.window
+
+    def _in_order(self, rows: pl.DataFrame, place: int) -> pl.DataFrame:
+        """Runs that share a stage start at different ends: the first, the last, then from the middle both ways."""
+        if self.how.rank:
+            rows = self.how.rank(rows)
+        elif self.stage.longest_first:
+            rows = rows.sort(self.stage.longest_first, descending=True, maintain_order=True)
+        if place % 4 >= 2:
+            rows = pl.concat([rows[len(rows) // 2 :], rows[: len(rows) // 2]])
+        return rows.reverse() if place % 2 else rows
+
+    async def _drive(
+        self, unit: Unit, step: tuple[Ask, bytes] | None, window: asyncio.Semaphore, presence: Presence
+    ) -> None:
+        try:
+            while step is not None:
+                if self.over():
+                    return  # what it asked is kept; the row stays as it was
+                if isinstance(step[0], Train):
+                    await self._after_elders(*step, presence)
+                step = _advance(unit, self.oracle, await self.oracle.answer(*step))
+            self._finish(unit)
+        finally:
+            window.release()
+
+    async def _after_elders(self, ask: Ask, name: bytes, presence: Presence) -> None:
+        """Training is too dear to be done twice: whoever began later waits while an earlier run is alive at it."""
+        while presence.place()[0] > 0 and self.oracle.store.replies.get(ask, name) is None:
+            await asyncio.sleep(SECONDS_TOGETHER)
+            self.oracle.store.replies.refresh()
+
+    def _finish(self, unit: Unit) -> None:
+        self.finished[unit.number] = unit
+        self.counts.done += 1
+        failed = [row["error"] for row in unit.rows if row.get("error")]
+        self.counts.failed += bool(failed)
+        for error in failed:
+            self.counts.errors[error] = self.counts.errors.get(error, 0) + 1
+        if failed:
+            self._check_error_rate()
+
+    def _check_error_rate(self, at_end: bool = False) -> None:
+        counts = self.counts
+        enough = at_end or counts.done >= MIN_ROWS_FOR_ERROR_RATE
+        if enough and counts.failed > self.limit * counts.done:
+            raise TooManyErrors(
+                f"{self.stage.name}: {counts.failed} of {counts.done} rows failed ({_summary(counts.errors)}), more than "
+                f"max_error_rate = {self.limit}. Look with `mllmsrec errors --stage {self.stage.name}`, mend the cause and "
+                f"`mllmsrec retry --stage {self.stage.name}`, or raise `{self.stage.name}.max_error_rate`."
+            )
+
+    async def _tick(self, presence: Presence) -> None:
+        """Make answers durable by time, read those of other runs, show progress."""
+        replies = self.oracle.store.replies
+        looked = read = time.monotonic()
+        while True:
+            await asyncio.sleep(SECONDS_TOGETHER if self.together else 0.5)
+            presence.renew()
+            if time.monotonic() - looked >= SECONDS_ALONE:
+                looked, self.together = time.monotonic(), presence.place()[1] > 1
+            if self.together:
+                replies.flush()
+            else:
+                replies.flush_if_old()
+            if self.together or time.monotonic() - read >= replies.flush_seconds:
+                read = time.monotonic()
+                replies.refresh()
+            if self.how.progress:
+                self.how.progress(self.stage.name, self.counts)
+
+
+def _summary(errors: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(errors.items(), key=lambda pair: -pair[1]))
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def run_rows(
+    stage: Stage,
+    inputs: Inputs,
+    rows: pl.DataFrame,
+    store: Store,
+    engine_for: Callable[[Ask], Engine],
+    how: How,
+    counts: Counts | None = None,
+) -> tuple[list[Unit], Counts]:
+    """The units of a stage that asks, as far as `how` lets it go. Interrupted by Ctrl-C or SIGTERM, everything answered
+    is flushed first.
+
+    `rows` may hold a column `__row`, its place in a larger frame. `counts` go on from what was carried over.
+    """
+    counts = counts or Counts(rows=len(rows))
+    rows = rows if "__row" in rows.columns else rows.with_row_index("__row")
+    run = Run(stage, inputs, Oracle(store, engine_for, how, counts), how, counts)
+    with present(store.files, stage.name) as presence:
+        finished = ENGINE_LOOP.run(run.all(rows, presence))
+    counts.unreached = counts.rows - counts.done
+    if how.progress:
+        how.progress(stage.name, counts)
+    return finished, counts
+
+
+class _EngineLoop:
+    """One event loop for the process: engines outlive stages, and what they hold belongs to their loop."""
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def run(self, work: Awaitable[Any]) -> Any:
+        self._runner = self._runner or asyncio.Runner()
+        return self._runner.run(_until_terminated(work))
+
+
+async def _until_terminated(work: Awaitable[Any]) -> Any:
+    """Let SIGTERM end the work as Ctrl-C does: cancelled, flushed, then KeyboardInterrupt."""
+    task = asyncio.ensure_future(work)
+    on_main = threading.current_thread() is threading.main_thread()
+    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+    if on_main:
+        loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        if on_main:
+            loop.remove_signal_handler(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+ENGINE_LOOP = _EngineLoop()

@@ -1,0 +1,223 @@
+"""The embedded model behind vLLM's CPU build: run by `make test-vllm`, skipped where vLLM is not installed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from mllmsrec_core.ask import Ask, Choose, Decoding, Generate, Message, Picture
+from storage.blobs import Blobs
+from storage.files import Files
+
+HERE = Path(__file__).parent
+ITEMS = 40
+YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " No")))
+DESCRIBE = "Describe the item in this picture: what it is, its colours, its pattern and any text on it."
+WOULD = (
+    "The user's preference: mostly striped, red, mugs.\nCandidate: {title}\n"
+    "Would the user choose this candidate next? Answer yes or no."
+)
+KV_BYTES = 1 << 28  # the embedded model needs 4 kB a token
+ROOM = 1024  # tokens; the embedded model has 4,096 positions
+KEY = "loopback-secret"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here; `make test-vllm` installs it"))
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Blobs:
+    return Blobs(Files(str(tmp_path_factory.mktemp("store"))))
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Any:
+    from tasks.models import resolve
+
+    return resolve("embedded-vlm", max_pixels=1_000_000)
+
+
+@pytest.fixture(scope="session")
+def pictures(blobs: Blobs) -> list[tuple[str, Picture]]:
+    """Titles and pictures of a shop's items."""
+    from mllmsrec_core.datasets import demo
+
+    return [(item.title, Picture(blobs.put(demo.picture(item.uri)))) for item in demo.assortment(ITEMS, seed=3)]
+
+
+@pytest.fixture(scope="session")
+def captions(embedded: Any, pictures: Any) -> list[Generate]:
+    return [Generate(embedded.model, (Message("user", (DESCRIBE, picture)),), Decoding(60)) for _, picture in pictures]
+
+
+@pytest.fixture(scope="session")
+def scores(embedded: Any, pictures: Any) -> list[Choose]:
+    return [
+        Choose(embedded.model, (Message("user", (WOULD.format(title=title), picture)),), YES_NO)
+        for title, picture in pictures
+    ]
+
+
+@pytest.fixture(scope="session")
+def adapter(embedded: Any, blobs: Blobs, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The sha256 of a LoRA adapter of random weights, large enough to change most answers."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from mllmsrec_core.recipe import TARGETS
+    from tasks.engines.adapters import pack
+    from tasks.engines.checkpoint import open_checkpoint
+
+    _, network = open_checkpoint(embedded.model, {embedded.model.slug: embedded.location}, "cpu")
+    torch.manual_seed(4)
+    worn: Any = get_peft_model(network, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for name, weights in worn.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.05)
+    folder = tmp_path_factory.mktemp("adapter")
+    worn.save_pretrained(folder)
+    return blobs.put(pack(folder, embedded.model.slug))
+
+
+@pytest.fixture(scope="session")
+def tuned(adapter: str) -> Callable[[Sequence[Any]], list[Any]]:
+    """The same questions to the model with the adapter on."""
+    return lambda asks: [replace(ask, model=replace(ask.model, adapter=adapter)) for ask in asks]
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for every engine of the session: vLLM's belongs to the loop of its first question."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="session")
+def ask_all(runner: asyncio.Runner) -> Callable[..., list[Any]]:
+    """`ask_all(engine, asks)`: all at once; answers and exceptions in order."""
+
+    def run(engine: Any, asks: Sequence[Ask]) -> list[Any]:
+        async def main() -> list[Any]:
+            return await asyncio.gather(*(engine.answer(ask) for ask in asks), return_exceptions=True)
+
+        return runner.run(main())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(blobs: Blobs, embedded: Any, ask_all: Any) -> Callable[[Sequence[Ask]], list[Any]]:
+    """What the transformers engine answers."""
+    import torch
+
+    from tasks.engines.transformers import TransformersEngine
+
+    torch.set_num_threads(1)
+    engine = TransformersEngine(blobs, {embedded.model.slug: embedded.location}, device="cpu")
+    return lambda asks: ask_all(engine, asks)
+
+
+@pytest.fixture(scope="session")
+def agree() -> Callable[[Sequence[Any], Sequence[Any]], None]:
+    """Texts equal for 99 in 100, p(yes) within 0.02, and the same tokens read and written."""
+
+    def check(ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+        wrong = [one for one in (*ours, *theirs) if isinstance(one, BaseException)]
+        assert not wrong, wrong[0]
+        texts = [
+            (one.value, other.value) for one, other in zip(ours, theirs, strict=True) if isinstance(one.value, str)
+        ]
+        assert sum(one == other for one, other in texts) >= 0.99 * len(texts)
+        pairs = [
+            (one.value, other.value) for one, other in zip(ours, theirs, strict=True) if isinstance(one.value, dict)
+        ]
+        for one, other in pairs:
+            assert p_yes(one) == pytest.approx(p_yes(other), abs=0.02)
+            assert one["mass"] == pytest.approx(other["mass"], abs=0.02)
+        assert [one.tokens_in for one in ours] == [other.tokens_in for other in theirs]
+
+    return check
+
+
+def p_yes(value: dict[str, Any]) -> float:
+    import math
+
+    return 1 / (1 + math.exp(value["logprobs"]["no"] - value["logprobs"]["yes"]))
+
+
+@pytest.fixture
+def broken(blobs: Blobs) -> Picture:
+    """A picture that no reader can decode."""
+    return Picture(blobs.put(b"no picture"))
+
+
+@pytest.fixture(scope="session")
+def server(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`server()` starts `vllm serve` on loopback with the embedded model: (its address, its process)."""
+    started: list[subprocess.Popen[bytes]] = []
+    folder = tmp_path_factory.mktemp("serve")
+
+    def start() -> tuple[str, subprocess.Popen[bytes]]:
+        port = free_port()
+        # The `vllm` command looks for a package of that name, and the CPU build has another.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", embedded.location,
+                   "--served-model-name", "embedded-vlm", "--host", "127.0.0.1", "--port", str(port),
+                   "--dtype", "float32", "--max-model-len", str(ROOM), "--enforce-eager", "--api-key", KEY,
+                   "--kv-cache-memory-bytes", str(KV_BYTES), "--enable-lora", "--max-lora-rank", "8",
+                   "--limit-mm-per-prompt", '{"image": 2, "video": 0}']  # fmt: skip
+        flags = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
+        log = (folder / f"{port}.log").open("wb")
+        started.append(
+            subprocess.Popen(command, env={**os.environ, **flags}, stdout=log, stderr=log, start_new_session=True)
+        )
+        wait_for(f"http://127.0.0.1:{port}/health", started[-1], folder / f"{port}.log")
+        return f"http://127.0.0.1:{port}/v1", started[-1]
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    """End a server with its children, which would outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait(60)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+    """Until the server answers. Fails with the end of its log when it ends first."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"vLLM's server did not start:\n{log.read_text()[-4000:]}")
