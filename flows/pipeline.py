@@ -33,12 +33,14 @@ def run(config: Config, options: Options = OPTIONS, only: str | None = None) -> 
     deadline = time.time() + 60 * options.budget_minutes if options.budget_minutes else None
     stages: dict[str, Any] = dict(before) if only else {}
     made: dict[str, Any] = {}
-    for name in [only] if only else NAMES:
-        state = stage_task(name, config.to_json(), stages, before, options, deadline, return_state=True)
-        record = state.result(raise_on_failure=False)
-        if made and isinstance(record, OutOfTime):
-            break
-        made[name] = stages[name] = cast(dict[str, Any], state.result())
+    try:
+        for name in [only] if only else NAMES:
+            state = stage_task(name, config.to_json(), stages, before, options, deadline, return_state=True)
+            if made and isinstance(state.result(raise_on_failure=False), OutOfTime):
+                break
+            made[name] = stages[name] = cast(dict[str, Any], state.result())
+    finally:
+        open_work(config.to_json()).engine_for.drop()  # an engine may hold a GPU, or processes of its own
     store.envs.move(env, made)
     return made
 

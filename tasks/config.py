@@ -24,7 +24,7 @@ class Settings(BaseModel):
 
     store: str = Field(default="./store", description="any fsspec URL")
     env: str = Field(default="dev", description="the environment the run publishes to")
-    engine: Literal["transformers"] = Field(
+    engine: Literal["transformers", "vllm", "openai"] = Field(
         default="transformers", description="who answers for models other than `scripted`"
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
@@ -36,6 +36,35 @@ class Settings(BaseModel):
         default=(), description="hosts images may come from although they are not public"
     )
     scratch: str = Field(default="", description="local folder for training checkpoints; default: beside a local store")
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="vllm: prompt and answer together, in tokens; default: what the model has"
+    )
+    picture_cache_gb: float = Field(
+        default=4.0, ge=0, description="vllm: memory for processed pictures; 0 where none comes twice"
+    )
+    eager: bool = Field(default=False, description="vllm: no compilation; starts faster, answers slower")
+    vllm: dict[str, Any] = Field(
+        default_factory=dict, description="vllm: further engine arguments (gpu_memory_utilization, max_num_seqs, ...)"
+    )
+    endpoints: tuple[str, ...] = Field(default=(), description="openai: addresses that end in /v1; the load is shared")
+    api_key_env: str = Field(
+        default="OPENAI_API_KEY", description="openai: the environment variable that holds the key"
+    )
+    concurrency: int = Field(default=64, ge=1, description="openai: most requests at once at each endpoint")
+    timeout_s: float = Field(
+        default=300.0, gt=0, description="openai: a request without an answer for so long is tried again"
+    )
+    retries: int = Field(default=6, ge=0, description="openai: tries after the first")
+    top_logprobs: int = Field(default=20, ge=1, description="openai: how many likeliest tokens the server gives")
+    served_as: dict[str, str] = Field(
+        default_factory=dict, description="openai: model name -> the name it is served under"
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict, description="openai: sha256 of an adapter -> the name it is served under"
+    )
+    adapter_folder: str = Field(
+        default="", description="openai: a folder that the vLLM servers see too, to load adapters from"
+    )
     storage_options: dict[str, Any] = Field(
         default_factory=dict, description="fsspec options of the store (endpoint_url, profile, ...); never a secret"
     )

@@ -1,7 +1,8 @@
 """From the name of a model in a profile to the exact weights that its answers are kept under.
 
-A name is `embedded-vlm`, `embedded-clip`, `scripted` (`scripted@2` answers otherwise), a local folder, or a hub id
-`org/name@revision`. No model is loaded and neither torch nor transformers is imported here, so that `plan` stays quick.
+A name is `embedded-vlm`, `embedded-clip`, `scripted` (`scripted@2` answers otherwise), a local folder, a hub id
+`org/name@revision`, or `served:name@revision` behind an endpoint that alone has the weights. No model is loaded and
+neither torch nor transformers is imported here, so that `plan` stays quick.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def _weights(name: str) -> tuple[str, str, str]:
     """Name, revision and location of the weights behind `name`."""
     if name in EMBEDDED:
         return name, _content(name, EMBEDDED[name]), str(EMBEDDED[name])
+    if name.startswith("served:"):
+        served, _, revision = name.removeprefix("served:").rpartition("@")
+        if not served or not revision:
+            raise UsageError(f"model {name}: state the revision that is served, as `served:NAME@REVISION`")
+        return served, revision, ""
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         folder = folder.resolve()

@@ -80,11 +80,45 @@ class Engines:
         return FetchEngine(self.store.blobs, allow_roots=self.image_roots, allow_hosts=self.settings.allow_hosts)
 
     def _open_model(self) -> Engine:
+        return {"transformers": self._transformers, "vllm": self._vllm, "openai": self._openai}[self.settings.engine]()
+
+    def _transformers(self) -> Engine:
         from tasks.engines.transformers import TransformersEngine
 
         settings = self.settings
         return TransformersEngine(
             self.store.blobs, self.locations, batch_size=settings.batch_size, device=settings.device
+        )
+
+    def _vllm(self) -> Engine:
+        from tasks.engines.vllm import VllmEngine
+
+        settings = self.settings
+        return VllmEngine(
+            self.store.blobs,
+            self.locations,
+            max_model_len=settings.max_model_len,
+            picture_cache_gb=settings.picture_cache_gb,
+            eager=settings.eager,
+            options=settings.vllm,
+        )
+
+    def _openai(self) -> Engine:
+        from tasks.engines.openai import OpenAIEngine
+
+        settings = self.settings
+        return OpenAIEngine(
+            self.store.blobs,
+            self.locations,
+            endpoints=settings.endpoints,
+            api_key_env=settings.api_key_env,
+            concurrency=settings.concurrency,
+            timeout_s=settings.timeout_s,
+            retries=settings.retries,
+            top_logprobs=settings.top_logprobs,
+            served_as=settings.served_as,
+            adapters=settings.adapters,
+            adapter_folder=settings.adapter_folder,
         )
 
     def _open_clip(self) -> Engine:

@@ -33,7 +33,9 @@ Profiles = Annotated[
 Sets = Annotated[list[str], typer.Option("--set", help="stage.key=value; file:PATH reads the value from a file")]
 StoreUrl = Annotated[str | None, typer.Option("--store", help="any fsspec URL; default ./store")]
 Env = Annotated[str | None, typer.Option("--env", help="the environment to read or publish to; default dev")]
-Engine = Annotated[str | None, typer.Option("--engine", help="transformers, or scripted: a dry run without any model")]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="transformers, vllm, openai, or scripted: a dry run without a model")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON line per event")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask before starting")]
 

@@ -43,6 +43,11 @@ def location_of(model: Model, locations: Mapping[str, str]) -> tuple[str, str | 
             f"no weights are known for {model.slug}; resolve the model by name first. "
             f"Known: {', '.join(locations) or 'none'}."
         ) from error
+    if not location:
+        raise EngineError(
+            f"the weights of {model.slug} are only behind an endpoint; set `settings.engine = openai` with `endpoints`, or "
+            "name a folder or a hub id."
+        )
     if Path(location).is_dir():
         return location, None
     name, _, revision = location.partition("@")

@@ -108,3 +108,17 @@ def test_importing_models_imports_no_torch() -> None:
     code = "import sys, tasks.models as m; m.resolve('scripted'); print({'torch', 'transformers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_served_model_counts_by_the_revision_its_profile_states() -> None:
+    found = resolve("served:org/big@2026-11", dtype="bfloat16")
+    assert (found.model.name, found.model.revision, found.location) == ("org/big", "2026-11", "")
+    assert resolve("served:org/big@2026-12").model != resolve("served:org/big@2026-11").model
+    for name in ("served:org/big", "served:@1", "served:"):
+        with pytest.raises(UsageError, match="served:NAME@REVISION"):
+            resolve(name)
+
+
+def test_another_revision_of_the_scripted_model_answers_otherwise() -> None:
+    assert resolve("scripted@2").model.revision == "2"
+    assert resolve("scripted").model.slug != resolve("scripted@2").model.slug
