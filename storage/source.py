@@ -28,8 +28,9 @@ from fsspec.core import split_protocol
 from fsspec.utils import infer_compression
 
 from mllmsrec_core.datasets import REJECTS
-from mllmsrec_core.errors import SourceError, StoreError, UsageError, nearest
+from mllmsrec_core.errors import ImageRefused, ImageUnreadable, SourceError, StoreError, UsageError, nearest
 from storage.files import Files
+from storage.places import Places, parts
 
 T = TypeVar("T")
 
@@ -76,17 +77,22 @@ class FsspecSource:
         return _version(info) if info["type"] == "file" else None
 
     def versions(self, uris: list[str]) -> list[str]:
-        """The version of each picture, from one listing per folder.
+        """The version of each picture, from one listing per folder or archive.
 
         `absent` where the listing lacks it, `1` for demo://, `unknown` for what is not ours to list (http, elsewhere).
         """
         folders: dict[str, set[str]] = defaultdict(set)
+        archives: dict[str, set[str]] = defaultdict(set)
         for uri in uris:
-            if not uri.startswith(("demo://", "http://", "https://")):
+            if parts(uri)[1]:
+                archives[parts(uri)[0]].add(uri)
+            elif not uri.startswith(("demo://", "http://", "https://")):
                 folders[uri.rpartition("/")[0]].add(uri)
         found: dict[str, str] = {}
         for folder, members in sorted(folders.items()):
             found |= self._listed(folder, members)
+        for archive, members in sorted(archives.items()):
+            found |= self._packed(archive, members)
         return [found.get(uri, "1" if uri.startswith("demo://") else UNKNOWN) for uri in uris]
 
     def _listed(self, folder: str, members: set[str]) -> dict[str, str]:
@@ -105,6 +111,18 @@ class FsspecSource:
             raise SourceError(str(error)) from error  # a version read another time is another question
         by_name = {info["name"].rpartition("/")[2]: _version(info) for info in infos if info["type"] == "file"}
         return {uri: by_name.get(uri.rpartition("/")[2], ABSENT) for uri in members}
+
+    def _packed(self, archive: str, members: set[str]) -> dict[str, str]:
+        """Checksum and size of each member, from the archive's table of contents."""
+        if not any(inside(archive, root) for root in self.roots):
+            return dict.fromkeys(members, UNKNOWN)
+        try:
+            contents = _of_source(lambda: Places().contents(archive))
+        except (FileNotFoundError, NotADirectoryError):
+            contents = {}
+        except (OSError, ValueError, ImageRefused, ImageUnreadable):  # the fetch will tell
+            return dict.fromkeys(members, UNKNOWN)
+        return {uri: contents.get(parts(uri)[1], ABSENT) for uri in members}
 
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
         """The rows of a file, and its broken ones: see `mllmsrec_core.stage.Source`."""

@@ -164,7 +164,7 @@ class Collection:
 
     def blobs(self, named: set[str]) -> None:
         for name in filter(self.old, self.store.files.names("blobs")):
-            if name.rsplit("/", 1)[1] not in named:
+            if name.rsplit("/", 1)[1].removesuffix(".ref") not in named:
                 self.file("blob", name, "no kept table and no answer names it")
 
     def file(self, kind: str, name: str, why: str) -> None:

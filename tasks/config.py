@@ -35,6 +35,9 @@ class Settings(BaseModel):
     allow_hosts: tuple[str, ...] = Field(
         default=(), description="hosts images may come from although they are not public"
     )
+    keep_images: Literal["copy", "reference"] = Field(
+        default="copy", description="pictures read from files are copied into the store, or stay where they are"
+    )
     scratch: str = Field(default="", description="local folder for training checkpoints; default: beside a local store")
     max_model_len: int | None = Field(
         default=None, ge=1, description="vllm: prompt and answer together, in tokens; default: what the model has"

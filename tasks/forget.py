@@ -73,7 +73,8 @@ class Removal:
         self._tables()
         self._answers()
         for picture in sorted(self.traces.pictures):
-            self._remove("pictures", f"blobs/{picture[:2]}/{picture}")
+            for name in (picture, f"{picture}.ref"):  # a copy, a reference, or both
+                self._remove("pictures", f"blobs/{picture[:2]}/{name}")
         for folder in ("reports", "scratch"):
             for name in self.files.names(folder):
                 self._remove(folder, name)

@@ -14,17 +14,19 @@ from typing import Any
 import polars as pl
 
 from mllmsrec_core.plan import Due, cause, walk
+from mllmsrec_core.prefixes import cheaper
 from mllmsrec_core.stage import Inputs, Stage, conform
-from mllmsrec_core.stages import STAGES
+from mllmsrec_core.stages import STAGES, score
 from storage.tables import content_digest
 from tasks.carry import HASHES, count_asks, hashed, read_last
 from tasks.config import Options
-from tasks.run_stage import done_schema, model_name, split
+from tasks.run_stage import done_schema, fingerprint, model_name, split
 from tasks.stage_task import STAGE_BY_NAME, Lazy, draw_sample, gather, inputs_of, parts, sample_of, standing
 from tasks.work import Work
 
 READ = {table for stage in STAGES for table in stage.reads}  # nobody is priced by the others: metrics cost seconds
 UNCERTAIN = "not known yet"
+PINNED = "sft: there are new examples, but the environment pins its adapter; --retrain trains anew"
 MILLION = 1_000_000
 Span = tuple[float, float]
 
@@ -41,6 +43,7 @@ class Line:
     why: str
     seconds: Span | None
     money: Span | None
+    note: str = ""  # how the same could be had for less
 
 
 @dataclass
@@ -50,6 +53,7 @@ class _Pass:
     work: Work
     options: Options
     before: Mapping[str, Any]
+    note: str = ""  # on the stage at hand
     readers: dict[str, Callable[[], pl.DataFrame]] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -73,7 +77,7 @@ def make_plan(work: Work, env: str, options: Options | None = None, only: str | 
     lines = []
     for stage in STAGES:
         if options.sample and not state.work.sample and "interactions" in state.readers:
-            tables = {table: state.readers[table]() for table in ("items", "interactions")}
+            tables = {table: state.readers[table]() for table in ("items", "interactions", "waiting")}
             state.work = replace(work, sample=sample_of(work, tables, options.sample))
         lines.append(_plan_stage(state, stage))
     return lines
@@ -102,11 +106,13 @@ def _plan_stage(state: _Pass, stage: Stage) -> Line:
         state.readers |= _readers(work, record)
         state.digests |= {table: pointer["digest"] for table, pointer in record["tables"].items()}
         counts = record["counts"]
-        return Line(stage.name, Due(rows=counts["rows"], known=counts["known"] + counts["asked"]), "", (0, 0), (0, 0))
+        note = PINNED if stage.pinned and record["fingerprint"] != fingerprint(now) else ""
+        known = counts["known"] + counts["asked"]
+        return Line(stage.name, Due(rows=counts["rows"], known=known), "", (0, 0), (0, 0), note)
     due = _compute(state, stage, inputs, now, last, certain)
     why = cause(now, last and last["parts"], retry=bool(state.retry), coverage=(last or {}).get("coverage", 1.0))
     rate = work.store.envs.rate(stage.name, model_name(inputs))
-    return Line(stage.name, due, why, _seconds(due, rate), _money(work, due))
+    return Line(stage.name, due, why, _seconds(due, rate), _money(work, due), state.note)
 
 
 def _readers(work: Work, record: Mapping[str, Any]) -> dict[str, Callable[[], pl.DataFrame]]:
@@ -131,7 +137,7 @@ def _compute(
     last: Mapping[str, Any] | None,
     certain: bool,
 ) -> Due:
-    work = state.work
+    work, state.note = state.work, ""
     rows = stage.rows(inputs)
     if work.sample and stage.name != "ingest":
         rows = work.sample.keep(rows)
@@ -143,6 +149,9 @@ def _compute(
         replies = work.store.replies
         open_rows = kept.rest.drop("__row", *HASHES)
         finished, due = walk(stage, inputs, open_rows, lambda ask, key: replies.get(ask, key, state.retry), certain)
+        if stage is score.STAGE and len(open_rows):
+            params: score.Params = inputs.params["score"]
+            state.note = cheaper(open_rows, params.layout, params.prompt, params.picture)
         walked = pl.DataFrame(finished, schema=done_schema(stage), orient="row")
         done = pl.concat([kept.done.select(walked.columns), walked]) if len(kept.done) else walked
         due.rows, due.known = len(rows), due.known + count_asks(kept.units)

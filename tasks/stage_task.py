@@ -173,7 +173,7 @@ _DRAWN: dict[str, Sample] = {}  # by what it was drawn from: every stage of a ru
 
 def draw_sample(work: Work, stages: Mapping[str, Any], n: int) -> Work:
     """The same work narrowed to `n` users by hash and the items their histories and candidates touch."""
-    pointers = {table: table_records(stages)[table] for table in ("items", "interactions")}
+    pointers = {table: table_records(stages)[table] for table in ("items", "interactions", "waiting")}
     name = canonical([pointers, n, work.params["examples"].model_dump(mode="json")])
     if name not in _DRAWN:
         _DRAWN[name] = sample_of(work, {t: work.store.tables.read(t, p["write_id"]) for t, p in pointers.items()}, n)

@@ -77,7 +77,10 @@ class Engines:
     def _open_fetch(self) -> Engine:
         from tasks.engines.fetch import FetchEngine
 
-        return FetchEngine(self.store.blobs, allow_roots=self.image_roots, allow_hosts=self.settings.allow_hosts)
+        settings = self.settings
+        return FetchEngine(
+            self.store.blobs, allow_roots=self.image_roots, allow_hosts=settings.allow_hosts, keep=settings.keep_images
+        )
 
     def _open_model(self) -> Engine:
         return {"transformers": self._transformers, "vllm": self._vllm, "openai": self._openai}[self.settings.engine]()

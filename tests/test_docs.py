@@ -166,3 +166,10 @@ def test_no_tracked_file_holds_a_path_of_somebodys_machine():
 def test_the_imported_package_is_ours(package):
     """`tasks`, `flows` and `storage` are generic names: another package must not stand in for them."""
     assert Path(package.__file__).parent == ROOT / package.__name__
+
+
+def test_the_arithmetic_of_the_page_on_scale_prints_what_it_shows(capsys):
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    (code,), (shown,) = (re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S) for kind in ("python", "text"))
+    exec(code, {})
+    assert capsys.readouterr().out == shown

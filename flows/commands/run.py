@@ -45,6 +45,7 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command says itself what went wrong
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 26 s on two idle cores the first time; its own limit is 20
 }
 
 
@@ -257,7 +258,8 @@ def show_plan(config: Config, options: Options, stage: str | None, as_json: bool
     for line in lines:
         due = line.due
         if as_json:
-            emit("plan", stage=line.stage, why=line.why, seconds=line.seconds, money=line.money, **asdict(due))
+            costs = {"seconds": line.seconds, "money": line.money, "note": line.note}
+            emit("plan", stage=line.stage, why=line.why, **costs, **asdict(due))
         tokens = (f"{due.tokens_in:,}", f"<= {due.tokens_out:,}") if due.high else ("", "")
         cells = (f"{due.rows:,}", f"{due.known:,}", interval((due.low, due.high), "{:,}".format), *tokens)
         price = [interval(line.money, "{:,.2f}".format)] if money else []
@@ -266,6 +268,9 @@ def show_plan(config: Config, options: Options, stage: str | None, as_json: bool
         out.print(table)
         if stage is None and any(line.due.high for line in lines):
             say(_in_all(lines, money, currency))
+        for line in lines:
+            if line.note:
+                say(line.note)
 
 
 def _in_all(lines: Sequence[Any], money: bool, currency: str) -> str:

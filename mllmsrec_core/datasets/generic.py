@@ -222,6 +222,9 @@ def _first_listed(text: str) -> str | None:
 
 
 def absolute(place: pl.Expr, root: str) -> pl.Expr:
-    """A path below the dataset's root as a URI; what is absolute already stays."""
-    below = pl.concat_str(pl.lit(f"{root}/"), place)
-    return pl.when(place.str.contains(r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)")).then(place).otherwise(below)
+    """A path below the dataset's root, or that of an archive (`zip://7.jpg::covers.zip`), as a URI; absolute ones stay."""
+    member = place.str.extract(r"^(zip://.*?::)").fill_null("")
+    file = place.str.replace(r"^zip://.*?::", "")
+    below = pl.concat_str(pl.lit(f"{root}/"), file)
+    absolute = file.str.contains(r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)")
+    return pl.concat_str(member, pl.when(absolute).then(file).otherwise(below))

@@ -7,34 +7,54 @@ example names the preference step it may read, the last one that ends before its
 from __future__ import annotations
 
 from datetime import date
+from math import isclose
+from typing import Annotated, Literal
 
 import dataframely as dy
 import polars as pl
 from pydantic import Field, model_validator
 
-from mllmsrec_core.protocol import SPLITS, Negatives, Split, candidates, targets, training
+from mllmsrec_core.compat import LABEL, Compat
+from mllmsrec_core.errors import UsageError
+from mllmsrec_core.protocol import SHARES, SPLITS, Cut, Negatives, Split, candidates, targets, training
 from mllmsrec_core.stage import Inputs, Stage
 from mllmsrec_core.stage import Params as Base
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = int | Literal["all"]  # of negatives
 
 
 class Params(Base):
     split: Split = "leave-last"
-    valid_from: date | None = None  # global-time only: first day of valid, and of test
-    test_from: date | None = None
-    n_negatives: int = Field(20, ge=1)  # valid and test
+    valid_from: date | None = None  # global-time, sliding: first day of valid
+    test_from: date | None = None  # global-time: first day of test
+    shares: tuple[Share, Share, Share] = SHARES  # user: of the users in train, valid and test
+    windows: int = Field(4, ge=2)  # sliding: the first is valid, the others are test
+    window_days: int = Field(30, ge=1)
+    n_negatives: Annotated[int, Field(ge=1)] | Literal["all"] = 20  # valid and test; all: the whole catalogue
+    max_all: int = Field(1_000_000, ge=1)  # candidates, each a question of score, that "all" may come to
     train_negatives: int = Field(1, ge=1)
     train_per_user: int = Field(8, ge=0)
     min_history: int = Field(3, ge=1)  # liked items before a train target: one block of the recurrent preference
     negatives: Negatives = "uniform"
+    compat: Compat = "none"  # mllm_msr: labelled so, and drawn from items with interactions; ingest.compat must agree
     seed: int = 0
 
     @model_validator(mode="after")
-    def _dates_of_a_global_time_split(self) -> Params:
-        if self.split == "global-time" and not (
-            self.valid_from and self.test_from and self.valid_from < self.test_from
-        ):
+    def _what_the_split_reads_is_given(self) -> Params:
+        dates = self.valid_from and self.test_from and self.valid_from < self.test_from
+        if self.split == "global-time" and not dates:
             raise ValueError("split = global-time needs examples.valid_from, and a later examples.test_from")
+        if self.split == "sliding" and not self.valid_from:
+            raise ValueError("split = sliding needs examples.valid_from, the first day of the first window")
+        if not isclose(sum(self.shares), 1):
+            raise ValueError(
+                f"examples.shares come to {sum(self.shares):g}; they are shares of all users and come to 1"
+            )
         return self
+
+    def cut(self) -> Cut:
+        return Cut(self.split, self.valid_from, self.test_from, self.shares, self.windows, self.window_days, self.seed)
 
 
 class Examples(dy.Schema):
@@ -44,7 +64,7 @@ class Examples(dy.Schema):
     item_id = dy.String(primary_key=True)
     label = dy.Bool()
     position = dy.Int32(min=0)  # place in the shuffled candidate list
-    candidate_set = dy.String()  # protocol, size and sampling rule: "leave-last/1+20/uniform"
+    candidate_set = dy.String()  # protocol, size and sampling rule: "leave-last/1+20/uniform", "leave-last/all of 600"
     history_seq = dy.Int32()  # the newest interaction the example may know of
     n_history = dy.Int32(min=1)  # liked interactions up to it
     step = dy.Int32(nullable=True)  # the preference step it reads
@@ -67,35 +87,56 @@ def with_step(examples: pl.DataFrame, preferences: pl.DataFrame) -> pl.DataFrame
     )
 
 
-def candidate_set(params: Params, asked: int) -> pl.Expr:
+def candidate_set(params: Params, asked: Number, n_items: int) -> pl.Expr:
     """The candidate set in words; a list the catalogue cut short says how many it was meant to have."""
+    protocol = f"{LABEL}/{params.split}" if params.compat == "mllm_msr" else params.split
+    if asked == "all":
+        return pl.lit(f"{protocol}/all of {n_items}")
     size = pl.col("n_drawn").cast(pl.String) + pl.when(pl.col("n_drawn") < asked).then(
         pl.lit(f" of {asked}")
     ).otherwise(pl.lit(""))
-    return pl.format(f"{params.split}/1+{{}}/{params.negatives}", size)
+    return pl.format(f"{protocol}/1+{{}}/{params.negatives}", size)
+
+
+def catalogue(inputs: Inputs) -> pl.Series:
+    """The items candidates are drawn from. Raises UsageError where histories and their label do not go together."""
+    compat, ingest = inputs.params["examples"].compat, inputs.params.get("ingest")
+    if ingest is not None and ingest.compat != compat:
+        raise UsageError(
+            f"ingest.compat = {ingest.compat} makes the histories and examples.compat = {compat} names them: set both, "
+            "--set ingest.compat=mllm_msr --set examples.compat=mllm_msr, or neither"
+        )
+    return inputs["items"]["item_id"] if compat == "none" else inputs["interactions"]["item_id"].unique().sort()
+
+
+def affordable(params: Params, n_targets: int, n_items: int) -> None:
+    """Raises UsageError where candidates from the whole catalogue come to more than the profile allows."""
+    if params.n_negatives == "all" and (n := n_targets * n_items) > params.max_all:
+        raise UsageError(
+            f"examples.n_negatives = all makes up to {n:,} candidates ({n_targets:,} valid and test targets among "
+            f"{n_items:,} items), each a question to the model of score; examples.max_all allows {params.max_all:,}. Give "
+            f"a number of negatives, or pay for them: --set examples.max_all={n}"
+        )
 
 
 def rows(inputs: Inputs) -> pl.DataFrame:
     params: Params = inputs.params["examples"]
-    items, interactions = inputs["items"]["item_id"], inputs["interactions"]
+    items, interactions = catalogue(inputs), inputs["interactions"]
+    told = interactions.select("user_id", "item_id")  # what users touched, waiting rows as well: no negatives
+    if "waiting" in inputs.tables:  # a sample is drawn from items and interactions alone
+        told = pl.concat([told, inputs["waiting"].select(told.columns)])
     wanted = targets(
-        interactions,
-        items,
-        params.split,
-        train_per_user=params.train_per_user,
-        min_history=params.min_history,
-        valid_from=params.valid_from,
-        test_from=params.test_from,
+        interactions, items, params.cut(), train_per_user=params.train_per_user, min_history=params.min_history
     )
+    train, held = (wanted.filter((pl.col("split") == "train") == fits) for fits in (True, False))
+    affordable(params, len(held), len(items))
     popular = training(interactions, wanted, params.valid_from) if params.negatives == "popularity" else None
+    lists: tuple[tuple[pl.DataFrame, Number], ...] = ((train, params.train_negatives), (held, params.n_negatives))
     drawn = [
-        candidates(part, interactions, items, n, seed=params.seed, popular=popular).with_columns(
-            candidate_set=candidate_set(params, n)
+        candidates(part, told, items, n, seed=params.seed, popular=popular).with_columns(
+            candidate_set=candidate_set(params, n, len(items))
         )
-        for part, n in (
-            (wanted.filter(pl.col("split") == "train"), params.train_negatives),
-            (wanted.filter(pl.col("split") != "train"), params.n_negatives),
-        )
+        for part, n in lists
     ]
     return with_step(pl.concat(drawn), inputs["preferences"])
 
@@ -107,7 +148,7 @@ def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
 STAGE = Stage(
     name="examples",
     params=Params,
-    reads=("items", "interactions", "preferences"),
+    reads=("items", "interactions", "waiting", "preferences"),
     writes={"examples": Examples},
     rows=rows,
     tables=tables,

@@ -1,15 +1,18 @@
 """images: the bytes behind every picture's URI, fetched once per version and named by their sha256.
 
 An item without a picture, and a picture that cannot be had or read, are states that later stages have words for. Only
-passing trouble (a timeout, a 5xx) and unknown failures count as errors of the run. Knows nothing of where pictures lie.
+passing trouble (a timeout, a 5xx) and unknown failures count as errors of the run, and where a host gave no picture at
+all, not even they end it while other hosts work. Knows nothing of how pictures are fetched.
 """
 
 from __future__ import annotations
 
 import dataframely as dy
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core.ask import Fetch, digest, key
+from mllmsrec_core.errors import TooManyErrors
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
 
 STATUS = {"image_missing": "missing", "image_unreadable": "unreadable", "image_refused": "refused"}
@@ -17,7 +20,12 @@ UNKNOWN = "unknown"  # the version of a picture nobody can list: fetched once an
 
 
 class Params(AskParams):
-    pass
+    max_error_rate: float = Field(1.0, ge=0, le=1)  # of all pictures, checked while they come; 1: never
+    max_host_error_rate: float = Field(0.1, ge=0, le=1)  # of those on hosts that answer, checked at the end
+
+
+# What a URI is on: scheme and host or bucket (of its archive, if it lies in one), without credentials; else local files.
+HOST = pl.col("uri").str.split("::").list.last().str.extract(r"^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/?#]*@)?([^/?#]*)")
 
 
 class Images(dy.Schema):
@@ -86,9 +94,26 @@ def ask(inputs: Inputs, row: Row) -> Chain:
 
 
 def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    _check_hosts(inputs.params["images"], done)
     wanted = inputs["items"].select("item_id", uri="image_uri", given="image_version")
     images = wanted.join(done, on=["uri", "given"], how="left", nulls_equal=True)
     return {"images": images.with_columns(pl.col("status").fill_null("missing"))}
+
+
+def _check_hosts(params: Params, done: pl.DataFrame) -> None:
+    """Raise TooManyErrors where too many pictures failed on hosts that answered for others, or no host answered."""
+    hosts = done.group_by(host=HOST.fill_null("local files")).agg(pl.len(), failed=pl.col("error").count()).sort("host")
+    answering = hosts.filter(pl.col("failed") < pl.col("len"))
+    counted = hosts if answering.is_empty() else answering
+    failed, n = int(counted["failed"].sum()), int(counted["len"].sum())
+    if failed > params.max_host_error_rate * n:
+        worst = counted.top_k(3, by="failed").filter(pl.col("failed") > 0)
+        where = ", ".join(f"{host}: {failed} of {n}" for host, n, failed in worst.iter_rows())
+        raise TooManyErrors(
+            f"images: {failed} of {n} pictures could not be had for now ({where}), more than "
+            f"images.max_host_error_rate = {params.max_host_error_rate}. Nothing was published; what came is kept. Run again "
+            "when the hosts answer: `mllmsrec run --stage images`, or raise images.max_host_error_rate."
+        )
 
 
 STAGE = Stage(

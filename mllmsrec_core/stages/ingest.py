@@ -9,7 +9,7 @@ Text is kept as it came, cut to MAX_TEXT; making it safe inside a prompt is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import polars as pl
@@ -17,6 +17,8 @@ from pydantic import Field
 
 from mllmsrec_core import histories, stage
 from mllmsrec_core.ask import digest
+from mllmsrec_core.card import DataCard, card
+from mllmsrec_core.compat import REASON, Compat, unpopular
 from mllmsrec_core.datasets import ITEMS, REJECTS, Catalogue, amazon, demo, generic, microlens, movielens
 from mllmsrec_core.datasets.amazon import Params as Amazon
 from mllmsrec_core.datasets.demo import Params as Demo
@@ -38,6 +40,9 @@ READERS: Mapping[str, Callable[[Any, Any], Catalogue]] = {
 }
 
 
+Least = Annotated[int, Field(ge=0)]
+
+
 class Params(stage.Params):
     dataset: Literal["demo", "movielens", "generic", "amazon", "microlens"] = "demo"
     path: str = ""  # the dataset's root: a folder or any fsspec URL; demo has none
@@ -47,7 +52,19 @@ class Params(stage.Params):
     generic: Generic = Generic()
     amazon: Amazon = Amazon()
     microlens: Microlens = Microlens()
+    repeats: Literal["all", "first", "last"] = "all"  # of a user's interactions with one item, in the order of `seq`
     min_history: int = Field(default=0, ge=0)  # users with fewer interactions wait; 0 keeps everyone
+    k_core: tuple[Least, Least] = (0, 0)  # interactions a user, and an item, must have among those that stay; 0, 1: off
+    compat: Compat = "none"  # mllm_msr: of each user the most popular items alone, as that code base has it
+
+    def rules(self) -> list[histories.Rule]:
+        """What holds interactions back, in the order in which it is judged."""
+        found = [] if self.repeats == "all" else [histories.once(self.repeats)]
+        found += [histories.enough(self.min_history)] if self.min_history > 1 else []
+        found += [histories.within_core(self.k_core)] if max(self.k_core) > 1 else []
+        if self.compat == "mllm_msr":
+            found.append(lambda whole: histories.parted(whole, unpopular(whole), pl.lit(REASON)))
+        return found
 
 
 class Items(dy.Schema):
@@ -148,15 +165,22 @@ def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
     usable, unusable = histories.coded(raw.interactions, items["item_id"], told["user_id"])
     broken = raw.rejects
     del raw  # as text, ten million interactions take a gigabyte
-    judged = histories.judge(usable, told, params.min_history)
+    judged = histories.judge(usable, told, params.rules())
     rejects = numbered(pl.concat([broken, bad_items, unusable, judged.rejects]))
     need_rows(params, items, "item", rejects)
     shown = judged.waiting if continues(inputs) and judged.interactions.is_empty() else judged.interactions
     need_rows(params, shown, "interaction", rejects)
-    return {"items": items, "interactions": judged.interactions, "waiting": judged.waiting, "rejects": rejects}
+    made = {"items": items, "interactions": judged.interactions, "waiting": judged.waiting, "rejects": rejects}
+    return {**made, "data_card": card(**made)}
 
 
-WRITES = {"items": Items, "interactions": Interactions, "waiting": Interactions, "rejects": Rejects}
+WRITES = {
+    "items": Items,
+    "interactions": Interactions,
+    "waiting": Interactions,
+    "rejects": Rejects,
+    "data_card": DataCard,
+}
 STAGE = Stage(
     name="ingest",
     params=Params,

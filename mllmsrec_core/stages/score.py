@@ -22,6 +22,7 @@ from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage, fields
 from mllmsrec_core.text import fence
 
 PROMPT = "{user}\nCandidate: {item}\nWould the user choose this candidate next? Answer yes or no."
+IMAGE_FIRST = "Candidate: {item}\n{user}\nWould the user choose this candidate next? Answer yes or no."
 NO_PICTURE = " It has no picture."
 YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " No")))
 
@@ -29,6 +30,7 @@ YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " 
 class Params(AskParams):
     model: str = ""
     prompt: Annotated[str, fields("user", "item")] = PROMPT
+    layout: Literal["user_first", "image_first"] = "user_first"
     item: Literal["summary", "title"] = "summary"
     picture: bool = True  # the candidate's picture stands in the prompt
     profile: bool = True  # the deterministic user profile stands in the prompt
@@ -85,16 +87,17 @@ def user_text(row: Row) -> str:
 
 
 def prompt(params: Params, row: Row) -> tuple[Message, ...]:
-    """The question for one user and candidate; user first, so that a user's candidates share their prefix.
+    """The question for one user and candidate, laid out so that a user's candidates, or an item's users, begin alike.
 
-    `row`: profile, preference, last_titles, item_text, sha256 (None where there is no picture).
+    `row`: profile, preference, last_titles, item_text, sha256 (None where there is no picture). `image_first`: the
+    picture, then the item, then the user; in a `prompt` of one's own item and user stay where they are.
     """
-    item = fence(row["item_text"])
-    if params.picture and not row["sha256"]:
-        item += NO_PICTURE
-    text = params.prompt.format(user=user_text(row), item=item)
+    image_first = params.layout == "image_first"
+    item = fence(row["item_text"]) + (NO_PICTURE if params.picture and not row["sha256"] else "")
+    words = IMAGE_FIRST if image_first and params.prompt == PROMPT else params.prompt
+    text = words.format(user=user_text(row), item=item)
     parts: tuple[Any, ...] = (text, Picture(row["sha256"])) if params.picture and row["sha256"] else (text,)
-    return (Message("user", parts),)
+    return (Message("user", parts[::-1] if image_first else parts),)
 
 
 def contexts(inputs: Inputs, examples: pl.DataFrame) -> pl.DataFrame:
@@ -134,21 +137,20 @@ def contexts(inputs: Inputs, examples: pl.DataFrame) -> pl.DataFrame:
 
 
 def rows(inputs: Inputs) -> pl.DataFrame:
-    """Valid and test examples with their contexts; a target's stand side by side, as their prompts share a prefix."""
-    tuned = inputs["adapters"]["sha256"].drop_nulls()
-    adapter = tuned[0] if len(tuned) else None
+    """Valid and test examples with their contexts; those whose prompts begin alike stand side by side."""
+    adapter = inputs["adapters"]["sha256"].drop_nulls().first()
     examples = inputs["examples"].filter(pl.col("split") != "train")
-    return contexts(inputs, examples).with_columns(adapter=pl.lit(adapter, pl.String))
+    image_first = inputs.params["score"].layout == "image_first"
+    order = ("sha256", "item_text", *PAIR, "item_id") if image_first else (*PAIR, "item_text", "sha256", "item_id")
+    return contexts(inputs, examples).sort(order).with_columns(adapter=pl.lit(adapter, pl.String))
 
 
 def ask(inputs: Inputs, row: Row) -> Chain:
     model = replace(inputs.need_model(), adapter=row["adapter"])
     question = Choose(model, prompt(inputs.params["score"], row), YES_NO)
     reply = yield question
-    logit = mass = None
-    if reply.value:
-        logit = reply.value["logprobs"]["yes"] - reply.value["logprobs"]["no"]
-        mass = reply.value["mass"]
+    logit = reply.value and reply.value["logprobs"]["yes"] - reply.value["logprobs"]["no"]
+    mass = reply.value and reply.value["mass"]
     done = {name: row[name] for name in ("user_id", "split", "target_seq", "item_id", "label")}
     p_yes = None if logit is None else 1 / (1 + exp(-logit)) if logit >= 0 else exp(logit) / (1 + exp(logit))
     return [{**done, "logit": logit, "p_yes": p_yes, "mass": mass, "ask": key(question), "error": reply.error}]
@@ -173,7 +175,7 @@ def measured(inputs: Inputs, test: pl.DataFrame) -> pl.DataFrame:
 
 def tables(inputs: Inputs, done: pl.DataFrame) -> dict[str, pl.DataFrame]:
     params: Params = inputs.params["score"]
-    done = done.with_columns(pl.col("logit").fill_nan(None))
+    done = done.sort(*PAIR, "item_id").with_columns(pl.col("logit").fill_nan(None))  # figures know no layout
     valid, test = (done.filter(pl.col("split") == name) for name in ("valid", "test"))
     scores = done.with_columns(
         metrics.calibrated(done["logit"], valid["logit"], valid["label"]),

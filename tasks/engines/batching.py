@@ -1,8 +1,8 @@
 """Many waiting Asks become few large batches, run in one worker thread.
 
 Each round takes the group of the Ask that has waited longest, orders that group by size, and runs the slice of it in
-which that Ask stands, so that rows of one batch are of similar length and nobody waits for ever. Knows neither models
-nor kinds of Ask: it is given three functions.
+which that Ask stands, so that rows of one batch are of similar length, or begin alike, and nobody waits for ever. Knows
+neither models nor kinds of Ask: it is given three functions.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from mllmsrec_core.ask import Reply
 from mllmsrec_core.errors import EngineError, MllmsrecError
+from mllmsrec_core.prefixes import neighbours
 
 LINGER_S = 0.003  # a round with room left waits this long for rows that are about to ask; a batch takes tens of ms
 
@@ -29,14 +30,15 @@ class _Job(Generic[A]):
     ask: A
     group: Hashable
     future: asyncio.Future[Reply]
-    size: int | None = None
+    size: int | tuple[int, ...] | None = None
 
 
 class Batcher(Generic[A]):
     """Collects Asks on the event loop, runs them in batches of one group in a worker thread.
 
-    `group(ask)` names what may share a batch. `size(ask)` is the length by which a group is ordered and `run(asks)`
-    gives one Outcome per Ask, in order; both run in the worker thread. An AskError from `size`, or any error as an
+    `group(ask)` names what may share a batch. `size(ask)` is the length by which a group is ordered, or its tokens, where
+    batches are wanted that begin alike; one kind within a group. `run(asks)` gives one Outcome per Ask, in order; both
+    run in the worker thread. An AskError from `size`, or any error as an
     Outcome, fails that Ask alone; whatever else is raised fails everything that waits. A batch for which CUDA has no
     memory is halved, and later batches are no larger.
     """
@@ -46,7 +48,7 @@ class Batcher(Generic[A]):
         name: str,
         batch_size: int,
         group: Callable[[A], Hashable],
-        size: Callable[[A], int],
+        size: Callable[[A], int | tuple[int, ...]],
         run: Callable[[list[A]], Sequence[Outcome]],
     ) -> None:
         if batch_size < 1:
@@ -111,9 +113,13 @@ class Batcher(Generic[A]):
         return failed
 
     def _slice(self, group: list[_Job[A]], oldest: _Job[A]) -> list[_Job[A]]:
-        """At most `batch_size` jobs of similar size, `oldest` among them unless it is settled."""
-        ready = sorted((job for job in group if not job.future.done()), key=lambda job: job.size or 0, reverse=True)
+        """At most `batch_size` jobs of similar size, or that begin alike; `oldest` among them unless it is settled."""
+        sized: list[tuple[Any, _Job[A]]] = [(job.size, job) for job in group if not job.future.done()]
+        sized.sort(key=lambda pair: pair[0], reverse=True)
+        ready = [job for _, job in sized]
         place = ready.index(oldest) if oldest in ready else 0
+        if ready and isinstance(ready[0].size, tuple):
+            return ready[neighbours([size for size, _ in sized], place, self.batch_size)]
         start = min(place // self.batch_size * self.batch_size, max(0, len(ready) - self.batch_size))
         return ready[start : start + self.batch_size]
 

@@ -44,6 +44,7 @@ class Chat:
         self.front, self.blobs, self.name = front, blobs, name
         self.tokenizer = getattr(front, "tokenizer", front)
         self.sees = self.tokenizer is not front
+        self.picture_token: int | None = getattr(front, "image_token_id", None)
         self._first: dict[tuple[str, Any], dict[str, list[int]]] = {}
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -71,6 +72,15 @@ class Chat:
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text: templates write their special tokens themselves."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def marks(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The rendered messages' token ids, different pictures told apart: two prompts begin alike as far as these do.
+
+        A picture counts as one token, whatever the processor makes of it.
+        """
+        shown = iter([mark(part) for message in messages for part in message.parts if isinstance(part, Picture)])
+        ids = self.ids(self.render(messages))
+        return tuple(next(shown, token) if token == self.picture_token else token for token in ids)
 
     def encode(self, prompts: Sequence[Prompt], room: int | None, side: Literal["left", "right"] = "left") -> Encoded:
         """Padded tensors of all prompts of at most `room` tokens (None: any length), pictures counted.
@@ -164,6 +174,11 @@ class Chat:
             except Exception as error:
                 failed[place] = AskError(f"the processor of {self.name} refuses this prompt: {error}")
         return failed
+
+
+def mark(picture: Picture) -> int:
+    """A number that is no token's and differs between pictures."""
+    return -1 - int(picture.sha256[:15], 16)  # 60 bits
 
 
 def _too_long(mask: torch.Tensor, room: int | None) -> dict[int, AskError]:

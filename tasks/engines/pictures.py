@@ -6,17 +6,33 @@ before anything is decoded. Knows nothing of where pictures come from.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
+from threading import Lock
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mllmsrec_core.errors import AskError, ImageRefused, ImageUnreadable, Passing
 
-# What is tried at all; EPS, PSD, ICO and their like have readers with a history of holes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+# What is tried at all; EPS, PSD, ICO and their like have readers with a history of holes. A JPEG 2000 takes 24 bytes of
+# memory for a pixel, and no browser shows it.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Image.init()  # Image.open knows only the readers that were loaded
-MAX_PIXELS = 100_000_000
+# Pillow's own 16 MB are few enough for glibc to keep after use; these it returns (measured: 870 MB instead of 1.2 GB).
+Image.core.set_block_size(1 << 26)
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a progressive JPEG keeps up to 8 bytes for each until its last scan
+# Formats other than JPEG are decoded at full size, WebP in up to 16 bytes for a pixel, and then turned into RGB.
+MAX_PIXELS_WHOLE = 36_000_000  # 6,000 x 6,000
+# A progressive JPEG has about ten scans, and each costs a pass over all pixels. libtiff has the same limit.
+MAX_SCANS = 100
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # of a JPEG: not a stuffed byte, a restart or a filler
+SCAN, END, ALONE = 0xDA, 0xD9, 0x01  # kinds of markers; the last one has no length behind it
+LARGE = 5_000_000  # pixels; larger ones are decoded one at a time, so that memory does not grow with the threads
+STRIP = 1_000_000  # pixels converted at a time
+_large = Lock()
 ORIENTATION = 0x0112  # EXIF tag
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,21 +47,12 @@ UPRIGHT = {
 
 def check(content: bytes, max_pixels: int = MAX_PIXELS, name: str = "the picture") -> tuple[int, int]:
     """Width and height as seen, after the first frame was decoded. Raises ImageUnreadable or ImageRefused."""
-    try:
+    with _failing(name):
         with _opened(content, max_pixels, name) as image:
+            size = image.size
             image.verify()
-        with _opened(content, max_pixels, name) as image:  # a verified image cannot be loaded any more
-            image.load()
-            width, height = image.size
-            turned = orientation(image) in (5, 6, 7, 8)
-            rgb(image.crop((0, 0, 1, 1)))  # some colour spaces have no way to RGB
-    except AskError:
-        raise
-    except MemoryError as error:
-        raise Passing(f"{name} did not fit into memory") from error
-    except Exception as error:  # decoders of hostile bytes raise anything
-        raise ImageUnreadable(f"{name} cannot be decoded: {error}") from error
-    return (height, width) if turned else (width, height)
+        with _turn(size):
+            return _measured(content, max_pixels, name)  # a verified image cannot be loaded any more
 
 
 def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
@@ -53,18 +60,45 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
 
     16-bit greys keep their range in 8 bits. The aspect is kept. Raises ImageUnreadable or ImageRefused.
     """
-    try:
-        with _opened(content, MAX_PIXELS, "the picture") as opened:
-            if max_pixels:
-                opened.draft(None, _fitting(opened.size, max_pixels))  # JPEG: a smaller decode for less time
-            opened.load()
-            image = upright(rgb(opened), orientation(opened))
-    except AskError:
-        raise
-    except Exception as error:  # decoders of hostile bytes raise anything
-        raise ImageUnreadable(f"the picture cannot be decoded: {error}") from error
+    with _failing("the picture"):
+        with _opened(content, MAX_PIXELS, "the picture") as image:
+            size = image.size
+        with _turn(size):
+            return _decoded(content, max_pixels)
+
+
+def _measured(content: bytes, max_pixels: int, name: str) -> tuple[int, int]:
+    with _opened(content, max_pixels, name) as image:
+        width, height = image.size
+        image.draft(None, (1, 1))  # JPEG: every byte is read, and an eighth of each side is drawn
+        image.load()
+        rgb(image.crop((0, 0, 1, 1)))  # some colour spaces have no way to RGB
+        return (height, width) if orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _decoded(content: bytes, max_pixels: int | None) -> Image.Image:
+    with _opened(content, MAX_PIXELS, "the picture") as opened:
+        if max_pixels:
+            opened.draft(None, _fitting(opened.size, max_pixels))  # JPEG: a smaller decode for less time
+        opened.load()
+        image = upright(rgb(opened), orientation(opened))
     size = _fitting(image.size, max_pixels) if max_pixels else image.size
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+@contextmanager
+def _failing(name: str) -> Iterator[None]:
+    """Whatever a decoder raises of hostile bytes, as one of our errors."""
+    try:
+        yield
+    except AskError:
+        raise
+    except MemoryError as error:
+        raise Passing(f"{name} did not fit into memory") from error
+    except UnidentifiedImageError as error:
+        raise ImageUnreadable(f"{name} is no picture of a kind that is read ({', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise ImageUnreadable(f"{name} cannot be decoded: {error}") from error
 
 
 def orientation(image: Image.Image) -> int:
@@ -82,22 +116,42 @@ def upright(image: Image.Image, turn: int) -> Image.Image:
 def rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB: deep greys scaled to 8 bits, transparency over white."""
     if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I;16"):
-            low, high = 0.0, 65_535.0
-        else:
-            low, high = float(np.nanmin(grey)), float(np.nanmax(grey))
-        scaled = np.nan_to_num((grey - low) / ((high - low) or 1.0)) * 255
-        return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+        return _grey(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    seen = image.convert("RGBA")
-    white = Image.new("RGBA", seen.size, "white")
-    return Image.alpha_composite(white, seen).convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    for top, bottom in _strips(image.size):
+        seen = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        below = Image.new("RGBA", seen.size, "white")
+        white.paste(Image.alpha_composite(below, seen).convert("RGB"), (0, top))
+    return white
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    deep = np.asarray(image)
+    low, high = 0.0, 65_535.0
+    if not image.mode.startswith("I;16"):
+        low, high = float(np.nanmin(deep)), float(np.nanmax(deep))
+    shallow = np.empty(deep.shape, np.uint8)
+    for top, bottom in _strips(image.size):
+        scaled = np.nan_to_num((deep[top:bottom].astype(np.float64) - low) / ((high - low) or 1.0)) * 255
+        shallow[top:bottom] = scaled.round()
+    return Image.fromarray(shallow).convert("RGB")
+
+
+def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """First row and the row after the last of pieces that hold about STRIP pixels."""
+    width, height = size
+    rows = max(1, STRIP // width)
+    return ((top, min(height, top + rows)) for top in range(0, height, rows))
+
+
+def _turn(size: tuple[int, int]) -> AbstractContextManager[object]:
+    return _large if size[0] * size[1] > LARGE else nullcontext()
 
 
 def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
-    """The picture with its header read. Raises ImageRefused when it claims more than `max_pixels`."""
+    """The picture with its header read. Raises ImageRefused when it would take too much memory or time to decode."""
     if not content:
         raise ImageUnreadable(f"{name} has zero bytes")
     try:
@@ -105,9 +159,26 @@ def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageRefused(f"{name}: {error}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise ImageRefused(f"{name} is {width} x {height}, more than {max_pixels:,} pixels")
+    scaled = image.format in ("JPEG", "MPO")
+    most = max_pixels if scaled else min(max_pixels, MAX_PIXELS_WHOLE)
+    if width * height > most:
+        raise ImageRefused(f"{name} is {width} x {height}, more than {most:,} pixels")
+    if scaled and _scans(content) > MAX_SCANS:
+        raise ImageRefused(f"{name} is drawn in more than {MAX_SCANS} scans")
     return image
+
+
+def _scans(content: bytes) -> int:
+    """How often a JPEG passes over its pixels, up to MAX_SCANS + 1; what a camera appended behind its end does not count."""
+    scans, at = 0, 2
+    while scans <= MAX_SCANS and (marker := MARKER.search(content, at)):
+        kind, at = content[marker.start() + 1], marker.end()
+        if kind == END:
+            break
+        scans += kind == SCAN
+        if kind != ALONE:
+            at += int.from_bytes(content[at : at + 2], "big")
+    return scans
 
 
 def _fitting(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
@@ -116,4 +187,5 @@ def _fitting(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     scale = min(1.0, (max_pixels / (width * height)) ** 0.5)
     width, height = max(1, int(width * scale)), max(1, int(height * scale))
     # a very long strip keeps one pixel of its short side, so the long side gives way
-    return min(width, max_pixels // height), min(height, max_pixels // width)
+    width = min(width, max(1, max_pixels // height))
+    return width, min(height, max_pixels // width)

@@ -1,7 +1,8 @@
 """The transformers engine: Generate and Choose on any chat model that transformers can load, on a CPU or a GPU.
 
 The embedded default, and the reference that other engines are compared with: at float32 an answer does not depend on
-the rows it shares a batch with, beyond rounding. Knows nothing of stages; adapters and pictures come from blobs.
+the rows it shares a batch with, beyond rounding. Choose reads what prompts begin alike with once. Knows nothing of
+stages; adapters and pictures come from blobs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from mllmsrec_core.errors import EmptyReply, EngineError, MllmsrecError
 from storage.blobs import Blobs
 from tasks.engines.adapters import unpack
 from tasks.engines.batching import Batcher, Outcome
-from tasks.engines.chat import Chat, Encoded, Prompt
+from tasks.engines.chat import Chat, Encoded, Prompt, mark
 from tasks.engines.checkpoint import open_checkpoint
+from tasks.engines.reader import Reader
 
 BATCH_SIZE = 32  # measured best of 8, 32, 64 for a small model on one CPU thread
 Question = Generate | Choose
@@ -37,6 +39,9 @@ class TransformersEngine:
     stay until `close`. Greedy at temperature 0; above it each row draws from a generator of its own, seeded by the
     Ask's key, so a sampled text does not depend on batch mates either. Tokens are counted without padding, the
     end-of-turn token with the answer.
+
+    Waiting Choose are batched by what they begin alike with, and each beginning is computed once per batch, unless
+    `share` is off. A Reply's tokens_in is the whole prompt in any case; `tokens_computed` is what was computed.
     """
 
     answers: frozenset[type[Ask]] = frozenset({Generate, Choose})
@@ -49,9 +54,11 @@ class TransformersEngine:
         batch_size: int = BATCH_SIZE,
         device: str = "auto",
         name: str = "transformers",
+        share: bool = True,
     ) -> None:
-        self.blobs, self.locations, self.device, self.name = blobs, locations, device, name
+        self.blobs, self.locations, self.device, self.name, self.share = blobs, locations, device, name, share
         self._loaded: dict[Model, _Loaded] = {}
+        self._computed = 0  # by models that were freed
         self._batches = Batcher[Question](name, batch_size, _group, self._size, self._run)
 
     async def answer(self, ask: Ask) -> Reply:
@@ -60,6 +67,11 @@ class TransformersEngine:
             raise EngineError(f"{self.name} answers generate and choose, not {kind(ask)}; name another engine for it.")
         return await self._batches.submit(ask)
 
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens of prompts and answers that went through a network since the engine was made, without padding."""
+        return self._computed + sum(loaded.reader.tokens for loaded in self._loaded.values())
+
     async def close(self) -> None:
         """Free the models."""
         await self._batches.close(self._free)
@@ -67,6 +79,7 @@ class TransformersEngine:
     def _free(self) -> None:
         for loaded in self._loaded.values():
             loaded.folder.cleanup()
+        self._computed = self.tokens_computed
         self._loaded.clear()
         gc.collect()
         if torch.cuda.is_available():
@@ -76,13 +89,13 @@ class TransformersEngine:
         weights = replace(model, adapter=None, max_pixels=None)
         if weights not in self._loaded:
             front, network = open_checkpoint(weights, self.locations, self.device)
-            self._loaded[weights] = _Loaded(network, Chat(front, self.blobs, model.slug))
+            self._loaded[weights] = _Loaded(network, Chat(front, self.blobs, model.slug), self.share)
         return self._loaded[weights]
 
-    def _size(self, ask: Question) -> int:
-        """Tokens of the text alone: within a group every row has as many pictures."""
-        chat = self._open(ask.model).chat
-        return len(chat.ids(chat.render(ask.messages)))
+    def _size(self, ask: Question) -> int | tuple[int, ...]:
+        """Tokens of the text alone, as within a group every row has as many pictures; of a Choose the tokens."""
+        marks = self._open(ask.model).chat.marks(ask.messages)
+        return marks if self.share and isinstance(ask, Choose) else len(marks)
 
     def _run(self, asks: list[Question]) -> list[Outcome]:
         started = time.perf_counter()
@@ -121,10 +134,11 @@ def _group(ask: Question) -> Hashable:
 class _Loaded:
     """One model in memory: its network, its chat front and the adapters put on so far."""
 
-    def __init__(self, network: Any, chat: Chat) -> None:
+    def __init__(self, network: Any, chat: Chat, share: bool) -> None:
         from transformers import GenerationConfig
 
         self.network, self.chat = network, chat
+        self.reader = Reader(network, chat.picture_token, chat.name, share)
         self.folder = tempfile.TemporaryDirectory(prefix="adapters-")
         self._peft: Any = None
         stops = network.generation_config.eos_token_id if network.generation_config else None
@@ -176,42 +190,45 @@ class _Loaded:
         read = [int(count) for count in encoded.tensors["attention_mask"].sum(dim=1)]
         if isinstance(asks[0], Generate):
             return self._generate([ask for ask in asks if isinstance(ask, Generate)], tensors, read)
-        choices = [ask.choices for ask in asks if isinstance(ask, Choose)]
-        return self._choose(choices, prompts, tensors, read)
+        chosen = [ask for ask in asks if isinstance(ask, Choose)]
+        logits = self.reader.next_words(tensors, self._marks(chosen, encoded))
+        return self._choose(chosen, prompts, logits, read)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self.network.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self.network.device, dtype)
 
     def _generate(self, asks: list[Generate], tensors: dict[str, torch.Tensor], read: list[int]) -> list[Outcome]:
-        from transformers import LogitsProcessorList
-
         how = asks[0].decoding
-        draw = [_draw(asks)] if how.temperature > 0 else []
-        written = self.network.generate(
-            **tensors, max_new_tokens=how.max_tokens, do_sample=False, logits_processor=LogitsProcessorList(draw)
-        )
-        rows = written[:, tensors["input_ids"].shape[1] :].tolist()
+        draw = Draw(asks) if how.temperature > 0 else None
+        rows = self.reader.write(tensors, how.max_tokens, self.stops, draw)
         return [self._text(row, tokens) for row, tokens in zip(rows, read, strict=True)]
 
     def _text(self, row: list[int], tokens_in: int) -> Outcome:
-        end = next((place + 1 for place, token in enumerate(row) if token in self.stops), len(row))
-        text = self.chat.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+        text = self.chat.tokenizer.decode(row, skip_special_tokens=True).strip()
         if not text:
-            return EmptyReply(f"{self.chat.name} wrote nothing ({end} tokens, none of them text)")
-        return Reply(text, tokens_in=tokens_in, tokens_out=end)
+            return EmptyReply(f"{self.chat.name} wrote nothing ({len(row)} tokens, none of them text)")
+        return Reply(text, tokens_in=tokens_in, tokens_out=len(row))
+
+    def _marks(self, asks: Sequence[Choose], encoded: Encoded) -> list[tuple[int, ...]] | None:
+        """What tells the encoded prompts apart, token by token; None where a prompt has several pictures."""
+        shown = [[part for m in ask.messages for part in m.parts if isinstance(part, Picture)] for ask in asks]
+        if max(map(len, shown)) > 1:
+            return None
+        token, found = self.chat.picture_token, list[tuple[int, ...]]()
+        ids, mask = encoded.tensors["input_ids"], encoded.tensors["attention_mask"].bool()
+        for pictures, row, held in zip(shown, ids, mask, strict=True):
+            words: list[int] = row[held].tolist()
+            found.append(tuple(mark(pictures[0]) if pictures and word == token else word for word in words))
+        return found
 
     def _choose(
-        self, choices: Sequence[Any], prompts: Sequence[Prompt], tensors: dict[str, torch.Tensor], read: list[int]
+        self, asks: Sequence[Choose], prompts: Sequence[Prompt], logits: torch.Tensor, read: list[int]
     ) -> list[Outcome]:
-        # One step of `generate` reads the last position with every model's own positions, and only that position.
-        step = self.network.generate(
-            **tensors, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-        logs = torch.log_softmax(step.logits[0].float(), dim=-1).cpu()
+        logs = torch.log_softmax(logits, dim=-1).cpu()
         outcomes: list[Outcome] = []
-        for row, asked, prompt, tokens in zip(logs, choices, prompts, read, strict=True):
-            ids = self.chat.first_tokens(prompt.text, asked)
+        for row, ask, prompt, tokens in zip(logs, asks, prompts, read, strict=True):
+            ids = self.chat.first_tokens(prompt.text, ask.choices)
             sums = {name: torch.logsumexp(row[tokens_of], dim=0).item() for name, tokens_of in ids.items()}
             mass = torch.logsumexp(torch.tensor(list(sums.values())), dim=0).exp().item()
             outcomes.append(Reply({"logprobs": sums, "mass": mass}, tokens_in=tokens, tokens_out=1))
@@ -222,24 +239,24 @@ def _listed(ids: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _draw(asks: Sequence[Generate]) -> Any:
-    """A logits processor that turns a greedy step into a draw, row by row (the Gumbel-max trick).
+class Draw:
+    """Turns a greedy step into a draw, row by row (the Gumbel-max trick).
 
     Adding Gumbel noise to log-weights and taking the largest draws from their softmax. Noise comes from the CPU, so
-    that it is the same on every device.
+    that it is the same on every device, and from a source of each row's own.
     """
-    from transformers import LogitsProcessor, TopPLogitsWarper
 
-    how = asks[0].decoding
-    seeds = [int.from_bytes(key_of(ask)[:7], "big") for ask in asks]
-    sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    narrow = TopPLogitsWarper(how.top_p) if how.top_p < 1 else None
+    def __init__(self, asks: Sequence[Generate]) -> None:
+        from transformers import TopPLogitsWarper
 
-    class Draw(LogitsProcessor):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-            warm: Any = scores.float() / how.temperature
-            warm = narrow(input_ids, warm) if narrow else warm
-            noise = [torch.empty(warm.shape[1]).exponential_(generator=source).log().neg() for source in sources]
-            return warm + torch.stack(noise).to(warm.device)
+        self.how = asks[0].decoding
+        seeds = [int.from_bytes(key_of(ask)[:7], "big") for ask in asks]
+        self._sources = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._narrow: Any = TopPLogitsWarper(self.how.top_p) if self.how.top_p < 1 else None
 
-    return Draw()
+    def __call__(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """The noisy scores of the Asks at `rows`."""
+        warm: Any = scores.float() / self.how.temperature
+        warm = self._narrow(None, warm) if self._narrow else warm
+        noise = [torch.empty(warm.shape[1]).exponential_(generator=self._sources[row]).log().neg() for row in rows]
+        return warm + torch.stack(noise).to(warm.device)

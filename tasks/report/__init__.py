@@ -25,7 +25,9 @@ from tasks import environments
 from tasks.environments import coverage
 from tasks.environments import shown as shown_now
 from tasks.report import figures, overruled, ranking
+from tasks.report.card import card
 from tasks.report.exhibits import Exhibits
+from tasks.report.prefixes import prefixes
 from tasks.report.shown import Shown
 
 if TYPE_CHECKING:
@@ -87,12 +89,14 @@ def render(shown: Shown, beside: environments.Comparison | None = None) -> str:
         "models": models(shown),
         "funnel": funnel(shown),
         "rejects": rejects(shown),
+        "card": card(shown),
         "pictures": picture_states(shown),
         "captions": exhibits.captions(),
         "users": exhibits.users(),
         "mode": shown.params("preference").get("mode"),
         "training": figures.training(shown),
         "pinned": pinned(shown),
+        "prefixes": prefixes(shown),
         "metrics": ranking.metrics(shown),
         "calibration": figures.calibration(shown),
         "audit": figures.audit(shown),

@@ -9,6 +9,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 
+from flows.deployments import deployments, install
 from flows.pipeline import NAMES, STAGE_FLOWS, pipeline
 from mllmsrec_core.ask import Ask, Reply
 from mllmsrec_core.errors import EngineError, UsageError
@@ -21,7 +22,7 @@ from tasks.work import open_work
 @pytest.fixture(scope="module", autouse=True)
 def prefect() -> Iterator[None]:
     """A Prefect database of this module's own; started once, because it takes longer than all that is tested."""
-    with prefect_test_harness():
+    with prefect_test_harness(server_startup_timeout=180):
         yield
 
 
@@ -141,3 +142,22 @@ def test_a_run_leaves_its_funnel_and_the_path_of_the_report_as_an_artifact(small
     assert len(tables) == 1
     assert "| caption | captions | 24 |" in tables[0]
     assert state.result() in tables[0]
+
+
+def test_deploying_again_keeps_the_schedule_somebody_started(small):
+    def put(**how: Any) -> None:
+        install(deployments(small(), **how)[:1])
+
+    def standing() -> Any:
+        with get_client(sync_client=True) as client:
+            return client.read_deployment_by_name("mllmsrec/demo-dev")
+
+    put(cron="0 3 * * *")
+    first = standing()
+    assert [one.active for one in first.schedules] == [False]
+    with get_client(sync_client=True) as client:
+        client.update_deployment_schedule(first.id, first.schedules[0].id, active=True)
+    put()
+    assert [(one.schedule.cron, one.active) for one in standing().schedules] == [("0 3 * * *", True)]
+    put(cron="0 4 * * *")
+    assert [(one.schedule.cron, one.active) for one in standing().schedules] == [("0 4 * * *", True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
+import numpy as np
 import polars as pl
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,9 +22,9 @@ def read(rows, names=("user_id", "item_id", "at", "rating", "liked")):
     return frame.with_columns(missing).with_columns(line=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32))
 
 
-def judged(rows, before=NOTHING, min_history=0):
+def judged(rows, before=NOTHING, *rules):
     usable, unusable = histories.coded(read(rows), pl.Series(["a", "b"]), before["user_id"])
-    return histories.judge(usable, before, min_history), unusable
+    return histories.judge(usable, before, rules), unusable
 
 
 def at(second):
@@ -79,3 +80,45 @@ def test_histories_are_sorted_as_text_is(rows):
         == shown.select("user_id", "at", "item_id").rows()
     )
     assert len(shown) == len(rows) and unusable.is_empty()
+
+
+codes = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=40)
+
+
+def peeled(pairs, least):
+    """The k-core by taking away one user or item at a time, the last first."""
+    while True:
+        users, items = ([pair[side] for pair in pairs] for side in (0, 1))
+        thin = [(0, user) for user in users if users.count(user) < least[0]]
+        thin += [(1, item) for item in items if items.count(item) < least[1]]
+        if not thin:
+            return pairs
+        side, code = thin[-1]
+        pairs = [pair for pair in pairs if pair[side] != code]
+
+
+@given(codes, st.tuples(st.integers(0, 4), st.integers(0, 4)))
+def test_the_core_is_what_is_left_however_it_is_peeled(pairs, least):
+    user, item = (np.array([pair[side] for pair in pairs], np.uint8) for side in (0, 1))
+    users, items = histories.core(user, item, least)
+    assert [pair for pair in pairs if users[pair[0]] and items[pair[1]]] == peeled(pairs, least)
+
+
+def test_a_rule_counts_only_what_the_rules_before_it_let_through():
+    rows = [("u", "a", at(1), None, True), ("u", "a", at(2), None, True), ("v", "a", at(1), None, True)]
+    rows += [("v", "b", at(2), None, True)]
+    told, _ = judged(rows, NOTHING, histories.once("first"), histories.enough(2))
+    assert told.interactions.select("user_id", "seq").rows() == [("v", 0), ("v", 1)]
+    assert sorted(told.rejects["reason"]) == [
+        "a history of 1, shorter than min_history = 2",
+        "the same user and item again; repeats = first keeps one",
+    ]
+
+
+def test_without_times_the_first_or_last_row_of_a_pair_stays_with_its_place():
+    rows = [("u", item, None, None, True) for item in "aba"]
+    for keep, seqs, line in (("first", [0, 1], 3), ("last", [1, 2], 1)):
+        told, _ = judged(rows, NOTHING, histories.once(keep))
+        assert told.interactions["seq"].to_list() == seqs
+        assert told.rejects["line"].to_list() == [line]
+        assert told.waiting.height == 1

@@ -64,20 +64,108 @@ def test_a_global_time_split_puts_everything_liked_after_a_date_into_test():
     found = protocol.targets(
         interactions({"ann": likes(8), "bob": likes(3)}),
         ITEMS,
-        "global-time",
+        protocol.Cut("global-time", date(2024, 1, 4), date(2024, 1, 6)),
         min_history=1,
-        valid_from=date(2024, 1, 4),
-        test_from=date(2024, 1, 6),
     )
     by_split = {split: found.filter(pl.col("split") == split)["target_seq"].to_list() for split in protocol.SPLITS}
     assert by_split == {"train": [1, 2, 1, 2], "valid": [3, 4], "test": [5, 6, 7]}
 
 
-@given(histories)
+def test_sliding_windows_hold_out_each_users_last_like_in_each_and_train_on_what_is_earlier():
+    cut = protocol.Cut("sliding", date(2024, 1, 4), windows=3, window_days=2)  # of 4-5, 6-7 and 8-9 January
+    found = protocol.targets(interactions({"ann": likes(12), "bob": likes(6)}), ITEMS, cut, min_history=1)
+    assert found.select("user_id", "split", "target_seq").rows() == [
+        ("ann", "train", 1),
+        ("ann", "train", 2),
+        ("ann", "valid", 4),
+        ("ann", "test", 6),
+        ("ann", "test", 8),
+        ("bob", "train", 1),
+        ("bob", "train", 2),
+        ("bob", "valid", 4),
+        ("bob", "test", 5),
+    ]
+
+
+def test_split_by_user_every_user_is_in_one_split_and_only_the_last_like_of_the_others_is_held_out():
+    frame = interactions({f"u{n}": likes(6) for n in range(600)})
+    found = protocol.targets(frame, ITEMS, protocol.Cut("user"), min_history=1)
+    of_user = found.group_by("user_id").agg(pl.col("split").unique(), pl.col("target_seq"))
+    assert set(of_user["split"].list.len()) == {1}
+    for splits, seqs in of_user.select("split", "target_seq").rows():
+        assert sorted(seqs) == ([1, 2, 3, 4, 5] if splits == ["train"] else [5])
+    shares = of_user["split"].list.first().value_counts(normalize=True)
+    for split, due in zip(protocol.SPLITS, protocol.SHARES, strict=True):
+        # Three standard deviations of a share of 600 users are at most 0.05.
+        assert abs(dict(shares.rows())[split] - due) < 0.05
+
+
+def test_a_users_split_depends_on_nobody_else_and_not_on_the_sample_the_user_falls_into():
+    users = [f"u{n}" for n in range(300)]
+    cut = protocol.Cut("user")
+    whole, part = (
+        protocol.targets(interactions({user: likes(3) for user in known}), ITEMS, cut, min_history=1)
+        for known in (users, protocol.sample(users, 60))
+    )
+    assert part.join(whole, on=whole.columns, how="anti").is_empty()
+    assert set(part["split"]) == set(protocol.SPLITS)
+
+
+def test_an_event_that_came_in_late_is_history_and_no_target():
+    frame = interactions({"ann": likes(5)}).with_columns(
+        at=pl.when(pl.col("seq") == 4).then(START + timedelta(hours=1)).otherwise("at")
+    )
+    assert protocol.targets(frame, ITEMS, min_history=1)["target_seq"].to_list() == [1, 2, 3]
+
+
+cuts = st.one_of(
+    st.just(protocol.Cut()),
+    st.builds(protocol.Cut, st.just("user"), seed=st.integers(0, 3), shares=st.just((0.4, 0.3, 0.3))),
+    st.builds(protocol.Cut, st.just("global-time"), st.just(date(2024, 1, 3)), st.just(date(2024, 1, 5))),
+    st.builds(
+        protocol.Cut,
+        st.just("sliding"),
+        st.just(date(2024, 1, 3)),
+        windows=st.integers(2, 4),
+        window_days=st.integers(1, 3),
+    ),
+)
+
+
+@given(histories, cuts, st.randoms(use_true_random=False))
+@settings(max_examples=80, deadline=None)
+def test_whatever_the_split_every_target_comes_after_its_history_and_the_order_of_rows_means_nothing(
+    histories, cut, random
+):
+    hours = late(histories, random)
+    frame = interactions(histories).with_columns(at=pl.col("at") + pl.duration(hours=hours))
+    found = protocol.targets(frame, ITEMS, cut, min_history=1)
+    shuffled = frame[random.sample(range(len(frame)), len(frame))]
+    assert protocol.targets(shuffled, ITEMS, cut, min_history=1).equals(found)
+    told = found.join(
+        frame.select("user_id", "seq", "at"), left_on=["user_id", "target_seq"], right_on=["user_id", "seq"]
+    )
+    for row in told.rows(named=True):
+        past = frame.filter(pl.col("user_id") == row["user_id"], pl.col("seq") <= row["history_seq"])
+        assert past["at"].max() <= row["at"] and row["history_seq"] < row["target_seq"]
+    if cut.valid_from:
+        train = told.filter(pl.col("split") == "train")["at"].dt.date()
+        held = told.filter(pl.col("split") != "train")["at"].dt.date()
+        assert all(day < cut.valid_from for day in train) and all(day >= cut.valid_from for day in held)
+        known = protocol.training(frame, found, cut.valid_from)
+        assert all(day < cut.valid_from for day in known["at"].dt.date())
+
+
+def late(histories, random) -> pl.Series:
+    """Events up to four days late, of which some then stand out of the order of time."""
+    return pl.Series([random.choice([0, 0, 0, -96, -24]) for history in histories.values() for _ in history])
+
+
+@given(histories, cuts)
 @settings(max_examples=60, deadline=None)
-def test_targets_are_new_liked_and_have_a_like_before_them(histories):
+def test_targets_are_new_liked_and_have_a_like_before_them(histories, cut):
     frame = interactions(histories)
-    for row in protocol.targets(frame, ITEMS, min_history=2).rows(named=True):
+    for row in protocol.targets(frame, ITEMS, cut, min_history=2).rows(named=True):
         history = histories[row["user_id"]]
         before = history[: row["target_seq"]]
         assert history[row["target_seq"]] == (row["item_id"], True)
@@ -86,11 +174,12 @@ def test_targets_are_new_liked_and_have_a_like_before_them(histories):
         assert row["history_seq"] == row["target_seq"] - 1
 
 
-@given(histories, st.integers(1, 15), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_negatives_are_distinct_untouched_and_as_many_as_the_catalogue_holds(histories, n, seed):
+@given(histories, cuts, st.one_of(st.integers(1, 15), st.just("all")), st.integers(0, 3))
+@settings(max_examples=80, deadline=None)
+def test_negatives_are_distinct_untouched_and_as_many_as_the_catalogue_holds(histories, cut, n, seed):
     frame = interactions(histories)
-    drawn = protocol.candidates(protocol.targets(frame, ITEMS), frame, ITEMS, n, seed=seed)
+    drawn = protocol.candidates(protocol.targets(frame, ITEMS, cut), frame, ITEMS, n, seed=seed)
+    n = len(ITEMS) if n == "all" else n
     for (user, _), of in drawn.group_by("user_id", "target_seq"):
         touched = {item for item, _ in histories[str(user)]}
         negatives = of.filter(~pl.col("label"))["item_id"].to_list()
@@ -101,11 +190,11 @@ def test_negatives_are_distinct_untouched_and_as_many_as_the_catalogue_holds(his
         assert set(of["n_drawn"]) == {len(negatives)}
 
 
-@given(histories, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None)
-def test_row_order_changes_no_candidate(histories, random):
+@given(histories, st.sampled_from([5, "all"]), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_row_order_changes_no_candidate(histories, n, random):
     def drawn(frame: pl.DataFrame, items: pl.Series) -> list[tuple]:
-        found = protocol.candidates(protocol.targets(frame, items), frame, items, 5)
+        found = protocol.candidates(protocol.targets(frame, items), frame, items, n)
         return sorted(found.select("user_id", "target_seq", "item_id", "label", "position").rows())
 
     frame, items = interactions(histories), ITEMS.to_list()

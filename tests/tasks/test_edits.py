@@ -98,7 +98,7 @@ EDITS = [
          lambda shop: shop.with_click("u3", "i02", 90).with_click("u3", "i03", 93), cost={"preference": 1, "score": (1, 18)}),
     Edit("one user added", lambda shop: replace(shop, clicks=(*shop.clicks, *(("new", f"i{n:02d}", n) for n in range(6)))),
          cost={"preference": 2, "score": (1, 18)}),
-    Edit("a late event, appended", lambda shop: shop.with_click("u3", "i02", 4), given=APPEND, cost={"score": (1, 18)}),
+    Edit("a late event, appended", lambda shop: shop.with_click("u3", "i02", 4), given=APPEND),
     Edit("a late event, snapshot", lambda shop: shop.with_click("u3", "i02", 4), cost={"preference": 4, "score": (1, 18)}),
     Edit("rolling export without its oldest month, appended", without_oldest_month, given=APPEND),
     Edit("rolling export without its oldest month, snapshot", without_oldest_month,

@@ -70,6 +70,7 @@ OTHER = {
     "allow_hosts": '["example.org"]',
     "scratch": '"/nowhere"',
     "engine": '"openai"',
+    "keep_images": '"reference"',
     "max_model_len": 2048,
     "picture_cache_gb": 0,
     "eager": "true",

@@ -24,6 +24,7 @@ def test_new_data_leave_the_adapter_that_the_environment_pins(small, ran, run_al
     after = run_all(small(**MORE))
     assert after["examples"]["tables"] != ran["examples"]["tables"], "there are new train examples"
     assert (adapter(after), plan["sft"].due.high) == (adapter(ran), 0)
+    assert "--retrain" in plan["sft"].note and not planned(small())["sft"].note
     assert 0 < after["score"]["counts"]["asked"] < after["score"]["counts"]["rows"]
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mllmsrec_core.stages import score
+from mllmsrec_core.errors import UsageError
+from mllmsrec_core.stages import ingest, score
 from mllmsrec_core.stages.examples import Params
 
 
@@ -52,6 +53,69 @@ def test_a_global_time_split_needs_its_two_dates_in_order(shop):
     assert held["target_seq"].min() == 5  # day 16 is the sixth interaction, three days apart
 
 
+def test_sliding_windows_need_their_first_day_and_shares_come_to_one():
+    with pytest.raises(ValidationError, match=r"examples\.valid_from"):
+        Params(split="sliding")
+    with pytest.raises(ValidationError, match=r"examples\.shares come to 1\.1"):
+        Params(split="user", shares=(0.8, 0.1, 0.2))
+
+
+@pytest.mark.parametrize("split", ["user", "sliding"])
+def test_every_split_names_itself_in_the_candidate_set(shop, split):
+    found = shop.set("examples", split=split, valid_from=date(2024, 1, 10)).run("examples")["examples"]
+    assert {name.split("/")[0] for name in found["candidate_set"]} == {split}
+    if split == "user":
+        assert found.group_by("user_id").agg(pl.col("split").n_unique())["split"].max() == 1
+
+
+def test_candidates_from_the_whole_catalogue_are_all_items_the_user_never_touched(shop):
+    found = shop.set("examples", n_negatives="all").run("examples")["examples"].filter(pl.col("split") == "test")
+    assert set(found["candidate_set"]) == {"leave-last/all of 40"}
+    for (user,), of in found.filter(~pl.col("label")).group_by("user_id"):
+        touched = set(shop.inputs["interactions"].filter(pl.col("user_id") == user)["item_id"])
+        assert set(of["item_id"]) == set(shop.inputs["items"]["item_id"]) - touched
+
+
+def test_a_catalogue_too_large_to_ask_about_says_what_it_would_cost(shop):
+    held = shop.inputs["examples"].filter("label", pl.col("split") != "train").height
+    with pytest.raises(UsageError, match=rf"up to {held * 40:,} candidates .*examples\.max_all={held * 40}"):
+        shop.set("examples", n_negatives="all", max_all=100).run("examples")
+    allowed = shop.set("examples", n_negatives="all", max_all=held * 40).run("examples")["examples"]
+    assert held * 40 >= allowed.filter(pl.col("split") != "train").height > 100
+
+
+def test_what_a_rule_of_ingest_holds_back_was_touched_and_is_no_negative(shop):
+    before = shop.inputs["interactions"]
+    waiting = pl.DataFrame(
+        [("u0", 99, f"i{n}", before["at"][0], None, True) for n in range(30)], schema=before.schema, orient="row"
+    )
+    found = shop.having(waiting=waiting).run("examples")["examples"]
+    mine = found.filter(pl.col("user_id") == "u0", ~pl.col("label"))
+    assert mine.height and not set(mine["item_id"]) & set(waiting["item_id"])
+    others = pl.col("user_id") != "u0"
+    assert found.filter(others).equals(shop.inputs["examples"].filter(others))
+
+
+def test_the_first_code_bases_construction_is_named_and_draws_from_items_with_interactions(shop):
+    some = shop.inputs["interactions"].filter(pl.col("item_id").str.ends_with("5").not_())
+    params = {"split": "user", "shares": (0.3, 0.3, 0.4), "compat": "mllm_msr"}
+    found = shop.having(interactions=some).set("examples", **params).run("examples")["examples"]
+    assert all(name.startswith("compat.mllm_msr/user/1+") for name in found["candidate_set"])
+    assert set(found["item_id"]) <= set(some["item_id"])
+
+
+@pytest.mark.parametrize(("histories", "label"), [("none", "mllm_msr"), ("mllm_msr", "none")])
+def test_a_label_without_the_histories_it_names_is_refused_and_so_are_they_without_it(shop, histories, label):
+    def run(histories, label):
+        labelled = shop.set("examples", compat=label)
+        labelled.inputs.params["ingest"] = ingest.Params(compat=histories)
+        return labelled.run("examples")["examples"]
+
+    with pytest.raises(UsageError, match=r"set both"):
+        run(histories, label)
+    assert run(label, label).height
+
+
 def test_it_holds_no_prompt_text(shop):
     text = shop.inputs["examples"].select(pl.selectors.string()).columns
     assert set(text) == {"user_id", "item_id", "candidate_set"}
@@ -59,6 +123,31 @@ def test_it_holds_no_prompt_text(shop):
 
 # Whatever happens at or after a target: another item, liked or not, or nothing at all.
 later = st.lists(st.tuples(st.integers(0, 39), st.booleans()), max_size=4)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"split": "user", "shares": (0.4, 0.3, 0.3)},
+        {"split": "sliding", "valid_from": date(2024, 1, 12), "windows": 2, "window_days": 6},
+        {"split": "global-time", "valid_from": date(2024, 1, 12), "test_from": date(2024, 1, 16)},
+    ],
+    ids=lambda params: params.get("split", "leave-last"),
+)
+def test_whatever_the_split_nothing_an_example_reads_is_later_than_its_target(shop, params):
+    found = shop.set("examples", min_history=1, **params).run("examples")["examples"]
+    upto = shop.inputs["preferences"].select("user_id", "step", "upto_seq")
+    read = found.join(upto, on=("user_id", "step"), how="left")
+    assert (read["upto_seq"].drop_nulls() < read.drop_nulls("upto_seq")["target_seq"]).all()
+    assert (found["history_seq"] < found["target_seq"]).all()
+    if valid_from := params.get("valid_from"):
+        seqs = shop.inputs["interactions"].select("user_id", "at", target_seq="seq")
+        days = found.join(seqs, on=("user_id", "target_seq")).with_columns(pl.col("at").dt.date())
+        early = pl.col("at") < valid_from
+        assert set(days["split"]) == {"train", "valid", "test"}
+        assert days.filter(early)["split"].unique().to_list() == ["train"]
+        assert "train" not in days.filter(~early)["split"]
 
 
 @given(st.data())

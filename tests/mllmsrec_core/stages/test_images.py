@@ -10,7 +10,7 @@ from PIL import Image
 
 from mllmsrec_core.ask import Fetch, Reply
 from mllmsrec_core.datasets import ITEMS
-from mllmsrec_core.errors import AskError
+from mllmsrec_core.errors import AskError, TooManyErrors
 from mllmsrec_core.stage import Inputs, conform
 from mllmsrec_core.stages import images, ingest
 from storage.blobs import Blobs
@@ -27,8 +27,8 @@ def catalogue(*rows):
     return frame.with_columns(pl.lit(None, pl.String).alias(name) for name in ITEMS if name not in frame.columns)
 
 
-def inputs_of(items, versions=None):
-    return Inputs({"items": items}, {"images": images.Params()}, versions=versions)
+def inputs_of(items, versions=None, **params):
+    return Inputs({"items": items}, {"images": images.Params(**params)}, versions=versions)
 
 
 def finish(inputs, answer):
@@ -102,8 +102,63 @@ def test_the_version_is_the_datasets_own_or_else_the_listed_one():
     ],
 )
 def test_lasting_trouble_is_a_state_and_only_other_trouble_counts_as_an_error(error, status, counted):
-    table, _ = finish(inputs_of(catalogue(("a", "x", None))), lambda _: Reply(error=error, detail="what happened"))
+    inputs = inputs_of(catalogue(("a", "x", None)), max_host_error_rate=1.0)
+    table, _ = finish(inputs, lambda _: Reply(error=error, detail="what happened"))
     assert table.select("status", "reason", "detail", "error").rows() == [(status, error, "what happened", counted)]
+
+
+def hosted(**pictures):
+    """Items whose pictures lie on hosts of these names, `n` on each."""
+    return catalogue(
+        *((f"{host}-{i}", f"https://{host}.shop/{i}.jpg", None) for host, n in pictures.items() for i in range(n))
+    )
+
+
+def failing(share):
+    """Answers of hosts of which this share of pictures fails in passing: `{"dead": 1.0}`."""
+
+    def answer(ask):
+        host, _, name = ask.uri.removeprefix("https://").partition(".shop/")
+        down = int(name.removesuffix(".jpg")) < 100 * share.get(host, 0)
+        return Reply(error="passing", passing=True) if down else FOUND
+
+    return answer
+
+
+def test_a_dead_host_ends_nothing_while_another_one_works():
+    table, _ = finish(inputs_of(hosted(dead=100, fine=1)), failing({"dead": 1.0}))
+    assert table["error"].to_list() == ["passing"] * 100 + [None]
+    assert table["status"].to_list() == ["missing"] * 100 + ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("pictures", "share"),
+    [({"dead": 5}, {"dead": 1.0}), ({"a": 9, "b": 9}, {"a": 1.0, "b": 1.0}), ({"fine": 9, "weak": 100}, {"weak": 0.2})],
+)
+def test_where_no_host_works_or_a_working_one_fails_too_often_nothing_is_published(pictures, share):
+    with pytest.raises(TooManyErrors, match=r"max_host_error_rate = 0.1.*run --stage images"):
+        finish(inputs_of(hosted(**pictures)), failing(share))
+    finish(inputs_of(hosted(**pictures), max_host_error_rate=1.0), failing(share))
+
+
+def test_a_host_that_only_says_no_works():
+    table, _ = finish(inputs_of(hosted(gone=3)), lambda _: Reply(error="image_missing", detail="HTTP 404"))
+    assert table["error"].null_count() == 3
+
+
+@pytest.mark.parametrize(
+    ("uri", "host"),
+    [
+        ("/shop/a.jpg", None),
+        ("https://user:word@a.shop:8080/x?y=z", "a.shop:8080"),
+        ("https://a.shop?x/y", "a.shop"),
+        ("s3://bucket/a.jpg", "bucket"),
+        ("zip://a.jpg::/shop/covers.zip", None),
+        ("zip://a.jpg::s3://bucket/covers.zip", "bucket"),
+    ],
+)
+def test_a_host_is_what_may_be_down_as_one(uri, host):
+    assert pl.DataFrame({"uri": [uri]}).select(images.HOST).item() == host
 
 
 def test_a_catalogue_without_any_picture_is_a_table_of_missing_ones():

@@ -17,7 +17,8 @@ from mllmsrec_core.stages import ingest
 from mllmsrec_core.text import clean
 from storage.source import FsspecSource
 
-POSTERS = Path(__file__).parents[4] / "shared" / "data" / "movielens-posters"
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+POSTERS, MICROLENS = SHARED / "movielens-posters", SHARED / "microlens-50k"
 PROFILES = Path(__file__).parents[3] / "flows" / "profiles"
 ITEM_COLUMNS = {"title": "title", "description": "description"}
 COLUMNS = {"item_columns": ITEM_COLUMNS, "interaction_columns": {"rating": "rating"}}
@@ -145,6 +146,66 @@ def test_short_histories_are_rejects_where_the_profile_says_so():
     assert reasons(tables) == [("interactions.csv", 2, "a history of 1, shorter than min_history = 2")]
 
 
+def test_of_an_item_chosen_twice_the_profile_says_which_time_counts():
+    clicks = [("u", "a", "1700000009", "4"), CLICK, ("v", "a", T, "4")]
+    for repeats, kept, line in (("first", [T, T], 2), ("last", ["1700000009", T], 3)):
+        tables = shop([ITEM], clicks, repeats=repeats)
+        assert tables["interactions"]["at"].dt.epoch("s").cast(pl.String).to_list() == kept
+        assert reasons(tables) == [
+            ("interactions.csv", line, f"the same user and item again; repeats = {repeats} keeps one")
+        ]
+    assert shop([ITEM], clicks)["interactions"].height == 3
+
+
+def test_outside_the_core_rows_are_rejects_that_name_the_item_and_never_the_user():
+    items = [(name, name, "") for name in "abc"]
+    pairs = ["ua", "ub", "va", "vb", "wa", "wc", "xc"]
+    tables = shop(items, [(user, item, T, "4") for user, item in pairs], k_core=(2, 2))
+    assert tables["interactions"].select("user_id", "item_id").rows() == [tuple(pair) for pair in pairs[:4]]
+    assert tables["waiting"].select("user_id", "item_id").rows() == [tuple(pair) for pair in pairs[4:]]
+    few = "the user has fewer than 2 interactions within k_core = (2, 2)"
+    assert [reason for *_, reason in reasons(tables)] == [few, few, few]
+    tables = shop(items, [(user, item, T, "4") for user, item in ["ua", "va", "ub", "vc"]], k_core=(1, 2))
+    assert [reason for *_, reason in reasons(tables)] == [
+        f"item `{item}` has fewer than 2 interactions within k_core = (1, 2)" for item in "bc"
+    ]
+    assert tables["items"]["item_id"].to_list() == ["a", "b", "c"], "the catalogue keeps them"
+
+
+@pytest.mark.skipif(not MICROLENS.exists(), reason="MicroLens-50k is not beside the repository")
+@pytest.mark.parametrize(
+    ("k_core", "users", "items", "interactions"),
+    [
+        ((5, 5), 46_420, 14_079, 332_730),
+        ((6, 5), 25_411, 11_896, 220_472),
+        ((7, 5), 14_323, 9_535, 145_835),
+        ((8, 5), 7_550, 6_658, 88_288),
+    ],
+)
+def test_the_cores_of_microlens_are_the_known_ones(k_core, users, items, interactions):
+    path = str(MICROLENS)
+    tables = run(ingest.Params(dataset="microlens", path=path, k_core=k_core), FsspecSource(path))
+    kept = tables["interactions"]
+    assert (kept["user_id"].n_unique(), kept["item_id"].n_unique(), kept.height) == (users, items, interactions)
+    assert tables["waiting"].height == tables["rejects"].height == 359_708 - interactions
+    card = {(metric, detail): value for metric, detail, value in tables["data_card"].iter_rows()}
+    assert (card["users", ""], card["items", "with interactions"]) == (users, items)
+
+
+@pytest.mark.skipif(not MICROLENS.exists(), reason="MicroLens-50k is not beside the repository")
+@pytest.mark.parametrize(("k_core", "share"), [((7, 5), 0.647), ((6, 5), 0.782)])
+def test_the_first_code_bases_target_is_the_last_item_of_as_many_users_as_is_known(k_core, share):
+    path = str(MICROLENS)
+
+    def last(compat):
+        params = ingest.Params(dataset="microlens", path=path, k_core=k_core, compat=compat)
+        kept = run(params, FsspecSource(path))["interactions"]
+        return kept.group_by("user_id").agg(item_id=pl.col("item_id").sort_by("seq").last()).sort("user_id")
+
+    same = last("none")["item_id"] == last("mllm_msr")["item_id"]
+    assert round(same.mean() or 0, 3) == share
+
+
 @pytest.mark.parametrize(
     ("items", "clicks", "message"),
     [
@@ -191,14 +252,41 @@ def test_every_row_is_in_a_table_or_in_rejects(items, clicks):
     assert all(seq == list(range(len(seq))) for seq in seqs)
 
 
-@settings(max_examples=60, deadline=None)
-@given(ITEM_ROWS, CLICK_ROWS, st.randoms())
-def test_the_order_of_the_rows_means_nothing(items, clicks, rng):
-    items, clicks = [ITEM, *items], [CLICK, *clicks]
-    before = shop(items, clicks)
-    after = shop(rng.sample(items, len(items)), rng.sample(clicks, len(clicks)))
+RULES = st.fixed_dictionaries(
+    {
+        "repeats": st.sampled_from(["all", "first", "last"]),
+        "min_history": st.integers(0, 2),
+        "k_core": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        "compat": st.sampled_from(["none", "mllm_msr"]),
+    }
+)
+ENOUGH = [CLICK, ("u", "b", T, "1"), ("v", "a", T, "1"), ("v", "b", T, "1")]  # a core that no rule empties
+
+
+@settings(max_examples=80, deadline=None)
+@given(ITEM_ROWS, CLICK_ROWS, RULES)
+def test_whatever_the_rules_hold_back_waits_and_is_rejected_with_its_line(items, clicks, rules):
+    items, clicks = [ITEM, ("b", "Lamp", ""), *items], [*ENOUGH, *clicks]
+    whole, tables = shop(items, clicks), shop(items, clicks, **rules)
+    both = pl.concat([tables["interactions"], tables["waiting"]]).sort("user_id", "seq")
+    assert both.equals(whole["interactions"]), "no row is lost, and each keeps its place"
+    assert tables["rejects"].height == whole["rejects"].height + tables["waiting"].height
+    assert tables["rejects"].select("source", "line").is_unique().all()
+    least = (max(1, rules["k_core"][0]), max(1, rules["k_core"][1]))
+    if rules["compat"] == "none":
+        assert all(n >= least[0] for n in tables["interactions"]["user_id"].value_counts()["count"])
+        assert all(n >= least[1] for n in tables["interactions"]["item_id"].value_counts()["count"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(ITEM_ROWS, CLICK_ROWS, RULES, st.randoms())
+def test_the_order_of_the_rows_means_nothing(items, clicks, rules, rng):
+    items, clicks = [ITEM, ("b", "Lamp", ""), *items], [*ENOUGH, *clicks]
+    before = shop(items, clicks, **rules)
+    after = shop(rng.sample(items, len(items)), rng.sample(clicks, len(clicks)), **rules)
     assert before["items"].equals(after["items"])
     assert before["interactions"].equals(after["interactions"])
+    assert before["waiting"].equals(after["waiting"])
     assert before["rejects"].height == after["rejects"].height
 
 

@@ -166,12 +166,39 @@ clicks = st.lists(st.tuples(users, items, st.integers(1, 6).map(second), ratings
 timeless = st.lists(st.tuples(users, items, st.none(), st.just(5.0)), min_size=1, max_size=14)
 
 
+rules = st.fixed_dictionaries(
+    {
+        "min_history": st.integers(0, 3),
+        "k_core": st.tuples(st.integers(0, 2), st.integers(0, 3)),
+        "repeats": st.sampled_from(["all", "first", "last"]),
+    }
+)
+
+
+def test_a_user_and_an_item_outside_the_core_come_in_once_later_clicks_let_them():
+    rows = [("u", "a", second(1), 5), ("u", "b", second(2), 5), ("v", "a", second(1), 5), ("v", "b", second(2), 5)]
+    first = run([*rows, ("u", "c", second(3), 5), ("w", "c", second(1), 5)], k_core=(2, 2))
+    assert told(first) == [("u", 0, "a"), ("u", 1, "b"), ("v", 0, "a"), ("v", 1, "b")]
+    assert first["waiting"].select("user_id", "seq", "item_id").rows() == [("u", 2, "c"), ("w", 0, "c")]
+    later = run([("w", "a", second(9), 5)], first, k_core=(2, 2))
+    assert set(told(later)) == {*told(first), ("u", 2, "c"), ("w", 0, "c"), ("w", 1, "a")}
+    assert later["waiting"].is_empty() and later["rejects"].is_empty()
+
+
+def test_the_last_of_repeated_clicks_takes_the_place_of_the_one_before_for_good():
+    first = run([("u", "a", second(1), 5), ("u", "b", second(2), 5)], repeats="last")
+    later = run([("u", "a", second(3), 5)], first, repeats="last")
+    assert told(later) == [("u", 1, "b"), ("u", 2, "a")]
+    again = run([("u", "a", second(1), 5)], later, repeats="last")  # an export that still holds the old one
+    assert told(again) == told(later)
+
+
 @settings(max_examples=80, deadline=None)
-@given(clicks, clicks, st.integers(0, 3))
-def test_appending_the_same_once_more_changes_nothing(one, two, min_history):
-    first = run(one, min_history=min_history)
-    once = run(two, first, min_history=min_history)
-    same(once, run(two, once, min_history=min_history))
+@given(clicks, clicks, rules)
+def test_appending_the_same_once_more_changes_nothing(one, two, rules):
+    first = run(one, **rules)
+    once = run(two, first, **rules)
+    same(once, run(two, once, **rules))
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,18 +210,18 @@ def test_appending_the_same_once_more_changes_nothing_without_times(rows):
 
 
 @settings(max_examples=80, deadline=None)
-@given(clicks, st.sets(st.integers(2, 6)), st.integers(0, 3), st.randoms(use_true_random=False))
-def test_slices_in_order_of_time_add_up_to_one_snapshot(rows, cuts, min_history, rng):
+@given(clicks, st.sets(st.integers(2, 6)), rules, st.randoms(use_true_random=False))
+def test_slices_in_order_of_time_add_up_to_one_snapshot(rows, cuts, rules, rng):
     bounds = [0, *sorted(second(cut) for cut in cuts), second(99)]
     tables: Tables = {}
     for low, high in itertools.pairwise(bounds):
         piece = [row for row in rows if row[2] < high and (row[2] >= low or rng.random() < 0.5)]  # exports may overlap
         if piece:
-            tables = run(rng.sample(piece, len(piece)), tables, min_history=min_history)
+            tables = run(rng.sample(piece, len(piece)), tables, **rules)
     if tables["interactions"].is_empty():
         assert tables["waiting"].height == len({row[:3] for row in rows})
     else:
-        same(tables, run(rows, min_history=min_history, mode="snapshot"), ("items", "interactions", "waiting"))
+        same(tables, run(rows, mode="snapshot", **rules), ("items", "interactions", "waiting"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -261,13 +288,13 @@ def test_every_user_is_asked_about_once_and_nobody_is_asked_about_nothing():
 
 
 @settings(max_examples=60, deadline=None)
-@given(clicks, clicks, st.sets(users, max_size=3))
-def test_forgetting_is_as_if_they_had_never_come(one, two, gone):
+@given(clicks, clicks, st.sets(users, max_size=3), rules)
+def test_forgetting_is_as_if_they_had_never_come(one, two, gone, rules):
     keep = [[row for row in rows if row[0] not in gone] for rows in (one, two)]
     if not keep[0] or not keep[1]:
         return
-    later = run(two, run(one), forgotten=sorted(gone))
-    never = run(keep[1], run(keep[0]))
+    later = run(two, run(one, **rules), forgotten=sorted(gone), **rules)
+    never = run(keep[1], run(keep[0], **rules), **rules)
     same(later, never, ("interactions", "waiting"))
     assert reasons(later) == reasons(never)
     touched = {row[1] for row in keep[0] + keep[1]}

@@ -3,13 +3,15 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import polars as pl
 import pytest
 from pydantic import ValidationError
 
 from mllmsrec_core.ask import Choose, Picture, Reply, key
+from mllmsrec_core.prefixes import shared
 from mllmsrec_core.protocol import hash64
-from mllmsrec_core.stages import score
+from mllmsrec_core.stages import score, sft
 
 ROW = {
     "profile": "Likes office (2 of 3).",
@@ -18,6 +20,8 @@ ROW = {
     "item_text": "A red mug.",
     "sha256": "abc",
 }
+
+LAYOUTS = ("user_first", "image_first")
 
 
 def certain(logit: float) -> Reply:
@@ -60,13 +64,72 @@ def test_a_missing_picture_and_an_unknown_user_have_words_of_their_own():
     )
 
 
-def test_rows_are_held_out_examples_with_prompts_that_share_prefixes_side_by_side(shop):
+def test_image_first_asks_the_same_with_picture_and_item_before_the_user():
+    (message,) = score.prompt(score.Params(layout="image_first"), ROW)
+    assert message.parts == (
+        Picture("abc"),
+        "Candidate: «A red mug.»\n"
+        "User profile: «Likes office (2 of 3).»\n"
+        'The user\'s preference: «likes "red" mugs»\n'
+        "Chosen last: «Mug A»; «Mug B»\n"
+        "Would the user choose this candidate next? Answer yes or no.",
+    )
+    (other,) = score.prompt(score.Params(), ROW)
+    lines = [sorted(part.splitlines()) for m in (message, other) for part in m.parts if isinstance(part, str)]
+    assert lines[0] == lines[1]
+
+
+def test_a_prompt_of_ones_own_keeps_its_wording_in_either_layout():
+    own = {"prompt": "{user} | {item}?"}
+    first, second = (score.prompt(score.Params(layout=layout, **own), ROW)[0] for layout in LAYOUTS)
+    assert second.parts == first.parts[::-1]
+
+
+def test_training_reads_the_layout_that_scoring_asks(shop):
+    train = shop.inputs["examples"].filter(pl.col("split") == "train")
+    first, second = (sft.rendered(shop.set("score", layout=layout).inputs, train) for layout in LAYOUTS)
+    assert [one.answer for one in first] == [one.answer for one in second]
+    pictures = [[isinstance(part, Picture) for part in one.messages[0].parts] for one in second]
+    assert {tuple(shown) for shown in pictures} == {(True, False), (False,)}
+    row = score.contexts(shop.inputs, train.head(1)).row(0, named=True)
+    assert sft.rendered(shop.set("score", layout="image_first").inputs, train.head(1))[0].messages == score.prompt(
+        score.Params(layout="image_first"), row
+    )
+
+
+def test_rows_are_the_held_out_examples_in_any_layout(shop):
+    wanted = shop.inputs["examples"].filter(pl.col("split") != "train")
+    for layout in LAYOUTS:
+        rows = score.rows(shop.set("score", layout=layout).inputs)
+        assert (
+            rows.select(wanted.columns)
+            .sort("user_id", "target_seq", "item_id")
+            .equals(wanted.sort("user_id", "target_seq", "item_id"))
+        )
+
+
+@pytest.mark.parametrize(("layout", "named"), [("user_first", ["user_id", "target_seq"]), ("image_first", ["sha256"])])
+def test_rows_whose_prompts_begin_alike_stand_side_by_side(shop, layout, named):
+    shop = shop.set("score", layout=layout)
     rows = score.rows(shop.inputs)
-    assert set(rows["split"]) == {"valid", "test"}
-    assert rows.rows() == rows.sort("user_id", "target_seq", "item_id").rows()
-    users = [score.user_text(row) for row in rows.rows(named=True)]
-    changes = sum(a != b for a, b in pairwise(users))
-    assert changes < rows.select("user_id", "target_seq").n_unique()
+    groups = list(rows.select(named).iter_rows())
+    assert sum(a != b for a, b in pairwise(groups)) == len(set(groups)) - 1
+    asked = [score.prompt(shop.inputs.params["score"], row) for row in rows.iter_rows(named=True)]
+    shuffled = [asked[n] for n in np.random.default_rng(0).permutation(len(asked))]
+    assert shared(asked).ratio > 3 * shared(shuffled).ratio
+
+
+def test_figures_do_not_depend_on_the_layout(shop):
+    def by_item(ask: Choose) -> Reply:
+        text = next(part for part in ask.messages[0].parts if isinstance(part, str))
+        line = next(line for line in text.splitlines() if line.startswith("Candidate"))
+        return certain(int(hash64([line])[0] % 1000) / 250 - 2)
+
+    first, second = (shop.set("score", layout=layout).run("score", by_item) for layout in LAYOUTS)
+    assert first["metrics"].equals(second["metrics"])
+    assert first["recommendations"].equals(second["recommendations"])
+    assert first["scores"].drop("ask").equals(second["scores"].drop("ask"))
+    assert first["scores"]["ask"].is_in(second["scores"]["ask"].implode()).sum() == 0
 
 
 def test_contexts_join_what_the_prompt_reads_and_only_pictures_that_are_ok(shop):

@@ -47,6 +47,20 @@ def test_what_waits_together_runs_in_full_batches_of_one_group_and_similar_size(
         assert max(batch) - min(batch) == 14
 
 
+def test_what_begins_alike_runs_together_and_a_batch_is_cut_between_families(ask_all: Any) -> None:
+    ran: list[list[tuple[int, int]]] = []
+
+    def run(asks: list[tuple[int, int]]) -> list[Reply]:
+        ran.append(asks)
+        return [Reply(ask) for ask in asks]
+
+    asked = [(family, n) for n in range(6) for family in range(5)]
+    batches = Batcher[tuple[int, int]]("families", 8, lambda ask: 0, lambda ask: ask, run)
+    engine = type("Families", (), {"answer": staticmethod(batches.submit), "close": staticmethod(batches.close)})
+    assert [reply.value for reply in ask_all(engine, asked)] == asked
+    assert [{family for family, _ in batch} for batch in ran] == [{n} for n in range(5)]
+
+
 def test_the_event_loop_stays_free_while_a_batch_runs() -> None:
     import time
 

@@ -1,13 +1,16 @@
-"""Fetching trusts neither where a picture lies nor what its bytes say."""
+"""Fetching trusts neither where a picture lies nor what its bytes say, and outlasts trouble that passes."""
 
 import asyncio
+import gzip
 import os
 import random
 import struct
 import threading
 import time
 import uuid
+import zipfile
 import zlib
+from collections import Counter
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -19,9 +22,10 @@ import pytest
 from PIL import Image
 
 from mllmsrec_core.ask import Fetch
-from mllmsrec_core.errors import ImageMissing, ImageRefused, ImageUnreadable, Passing
+from mllmsrec_core.errors import ImageMissing, ImageRefused, ImageUnreadable, Passing, StoreError
 from storage.blobs import Blobs
 from storage.files import Files
+from tasks.engines import fetch as engine_module
 from tasks.engines.fetch import FetchEngine, is_public
 from tasks.engines.pictures import FORMATS, check, decode
 
@@ -60,7 +64,7 @@ def fetch(*uris, **options):
 
     async def go():
         blobs = Blobs(Files(f"memory://store-{uuid.uuid4().hex}"))
-        engine = FetchEngine(blobs, **options)
+        engine = FetchEngine(blobs, **{"wait": 0.01, **options})
         try:
             replies = await asyncio.gather(*(engine.answer(Fetch(uri, "1")) for uri in uris), return_exceptions=True)
         finally:
@@ -107,7 +111,17 @@ def test_without_roots_no_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "uri", ["simplecache::file://{}/a.jpg", "zip://a.jpg::file://{}/a.zip", "ftp://x/a", "data:,x"]
+    "uri",
+    [
+        "simplecache::file://{}/a.jpg",
+        "zip://a.jpg::zip://b.zip::file://{}/a.zip",
+        "zip://a.jpg::/etc/a.zip",
+        "zip://a.jpg::http://x/a.zip",
+        "zip://a.jpg",
+        "tar://a.jpg::{}/a.tar",
+        "ftp://x/a",
+        "data:,x",
+    ],
 )
 def test_chained_and_unknown_schemes_are_refused(tmp_path, uri):
     with pytest.raises(ImageRefused):
@@ -160,6 +174,37 @@ def test_many_pictures_are_fetched_at_once_and_a_bad_one_fails_alone(tmp_path):
     _, replies = fetch(*(f"{tmp_path}/{n}.png" for n in range(200)), allow_roots=[str(tmp_path)])
     assert [n for n, reply in enumerate(replies) if isinstance(reply, ImageUnreadable)] == [7]
     assert len({reply.value["sha256"] for n, reply in enumerate(replies) if n != 7}) == 1
+
+
+@pytest.mark.parametrize("chain", ["zip://covers/a.jpg::{}", "zip:///covers/a.jpg::file://{}"])
+def test_a_member_of_an_archive_below_a_root_is_fetched_as_fsspec_names_it(tmp_path, chain):
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.writestr("covers/a.jpg", JPEG)
+    uri = chain.format(tmp_path / "covers.zip")
+    assert fsspec.open(uri).open().read() == JPEG
+    assert only(uri, allow_roots=[str(tmp_path)]).value["sha256"] == sha256(JPEG).hexdigest()
+    with pytest.raises(ImageRefused, match="outside the allowed roots"):
+        only(uri, allow_roots=[str(tmp_path / "deeper")])
+
+
+def test_by_reference_only_the_place_is_kept_and_the_bytes_are_proved_at_every_reading(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    with zipfile.ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.writestr("b.png", PNG)
+    uris = (f"{tmp_path}/a.jpg", f"zip://b.png::{tmp_path}/covers.zip")
+    blobs, replies = fetch(*uris, allow_roots=[str(tmp_path)], keep="reference")
+    assert [blobs.get(reply.value["sha256"]) for reply in replies] == [JPEG, PNG]
+    assert sum(blobs.files.size(name) for name in blobs.files.names("blobs")) < 1_000
+    (tmp_path / "a.jpg").write_bytes(JPEG[:-1] + b"\0")
+    with pytest.raises(StoreError, match=r"a\.jpg, which has changed.*run --stage images"):
+        blobs.get(replies[0].value["sha256"])
+
+
+def test_what_is_drawn_or_comes_from_the_web_is_copied_in_any_case(site):
+    uris = ("demo://mug/red/striped/7-I0012.png", f"{site}/a.jpg")
+    blobs, replies = fetch(*uris, keep="reference", **LOCAL)
+    assert not [name for name in blobs.files.names("blobs") if name.endswith(".ref")]
+    assert blobs.get(replies[1].value["sha256"]) == JPEG
 
 
 # --- bytes -----------------------------------------------------------------------------------------------------
@@ -327,12 +372,31 @@ def test_every_allowed_format_is_known_to_pillow():
 # --- the web ---------------------------------------------------------------------------------------------------
 
 
+PACKED = {
+    "gzip": gzip.compress(JPEG),
+    "deflate": zlib.compress(JPEG),
+    "bomb": gzip.compress(bytes(200_000_000), 1),
+    "damaged": gzip.compress(JPEG)[:-50] + bytes(50),
+}
+
+
 class Site(BaseHTTPRequestHandler):
     hosts: ClassVar[list[str]] = []
+    asked: ClassVar[Counter] = Counter()
 
     def do_GET(self):
         Site.hosts.append(self.headers["Host"])
         path = self.path.strip("/")
+        Site.asked[path] += 1
+        if path.startswith("flaky/"):  # flaky/<status>/<how often>/<a name of its own>
+            status, times = (int(word) for word in path.split("/")[1:3])
+            return self.reply(status) if Site.asked[path] <= times else self.reply(200, JPEG)
+        if path.startswith("packed/"):
+            name = path[7:]
+            encoding = name if name in ("gzip", "deflate", "br") else "gzip"
+            return self.reply(200, PACKED.get(name, JPEG), headers={"Content-Encoding": encoding})
+        if path.startswith("circle/"):
+            return self.reply(302, location="/circle/b" if path == "circle/a" else "/circle/a")
         if path.isdigit():
             return self.reply(int(path))
         if path.startswith("to/"):
@@ -347,6 +411,14 @@ class Site(BaseHTTPRequestHandler):
                 self.reply(200, BAD["html"])
             case "short":  # promises more than it sends
                 self.reply(200, JPEG, length=len(JPEG) + 100)
+            case "cut":  # promises less than it sends
+                self.reply(200, JPEG, length=len(JPEG) // 2)
+            case "stall":
+                self.reply(200, b"", length=len(JPEG))
+                self.wfile.flush()
+                time.sleep(1.5)
+            case "busy":
+                self.reply(429, headers={"Retry-After": "3600"})
             case "endless":
                 self.reply(200, b"", length=None)
                 for _ in range(1_000):
@@ -360,8 +432,10 @@ class Site(BaseHTTPRequestHandler):
                     self.wfile.write(bytes([byte]))
                     time.sleep(0.05)
 
-    def reply(self, status, body=b"", location=None, length=-1):
+    def reply(self, status, body=b"", location=None, length=-1, headers=None):
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         if location:
             self.send_header("Location", location)
         if length is not None:
@@ -438,12 +512,99 @@ def test_a_body_is_cut_off_at_the_byte_limit_whatever_its_header_says(site):
         only(f"{site}/endless", max_bytes=50_000, **LOCAL)
 
 
-@pytest.mark.parametrize("path", ["slow", "drip"])
+@pytest.mark.parametrize("path", ["slow", "drip", "stall"])
 def test_a_host_that_is_too_slow_is_passing_trouble(site, path):
     begin = time.perf_counter()
     with pytest.raises(Passing):
-        only(f"{site}/{path}", timeout=0.5, **LOCAL)
+        only(f"{site}/{path}", timeout=0.5, attempts=1, **LOCAL)
     assert time.perf_counter() - begin < 1.4
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
+def test_passing_trouble_is_tried_again_within_the_same_fetch(site, status):
+    path = f"flaky/{status}/2/{uuid.uuid4().hex}"
+    assert only(f"{site}/{path}", **LOCAL).value["width"] == 40
+    assert Site.asked[path] == 3
+
+
+def test_trouble_that_stays_is_tried_a_few_times_and_trouble_that_lasts_once(site):
+    for status, times, error in ((503, 3, Passing), (404, 1, ImageMissing)):
+        path = f"flaky/{status}/99/{uuid.uuid4().hex}"
+        with pytest.raises(error):
+            only(f"{site}/{path}", **LOCAL)
+        assert Site.asked[path] == times
+
+
+def test_a_host_that_asks_for_an_hour_of_peace_gets_it(site):
+    before = Site.asked["busy"]
+    with pytest.raises(Passing, match="429"):
+        only(f"{site}/busy", **LOCAL)
+    assert Site.asked["busy"] == before + 1
+
+
+def test_a_host_that_fails_again_and_again_is_left_alone_and_costs_the_others_nothing(site, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_module, "DEAD_AFTER", 0.0)
+    (tmp_path / "a.png").write_bytes(PNG)
+    path = f"flaky/503/999/{uuid.uuid4().hex}"
+    dead, fine = [f"{site}/{path}"] * 40, [f"{tmp_path}/a.png"] * 5
+    _, replies = fetch(*dead, *fine, per_host=2, attempts=1, allow_roots=[str(tmp_path)], **LOCAL)
+    assert all(isinstance(reply, Passing) for reply in replies[:40])
+    assert "in a row" in str(replies[39])
+    assert all(reply.value for reply in replies[40:])
+    assert Site.asked[path] < 6
+
+
+def test_an_answer_about_one_picture_says_that_its_host_works(site, monkeypatch):
+    monkeypatch.setattr(engine_module, "DEAD_AFTER", 0.0)
+    path = f"flaky/503/999/{uuid.uuid4().hex}"
+    turns = [f"{site}/{path}", f"{site}/404"] * 10
+    _, replies = fetch(*turns, per_host=1, attempts=1, **LOCAL)
+    assert Site.asked[path] == 1  # one at a time, the first failure is enough to rest
+    _, replies = fetch(*turns, per_host=4, attempts=1, **LOCAL)
+    assert sum(isinstance(reply, ImageMissing) for reply in replies) == 10
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_picture_that_comes_packed_unasked_is_unpacked(site, encoding):
+    assert only(f"{site}/packed/{encoding}", **LOCAL).value["sha256"] == sha256(JPEG).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "why"),
+    [
+        ("bomb", ImageRefused, "more than 20,000,000 bytes"),
+        ("damaged", ImageUnreadable, "damaged|decoded"),
+        ("br", ImageRefused, "packed with br"),
+    ],
+)
+def test_what_was_packed_to_do_harm_is_not_unpacked(site, path, error, why):
+    with pytest.raises(error, match=why):
+        only(f"{site}/packed/{path}", **LOCAL)
+
+
+def test_redirects_in_circles_are_refused(site):
+    with pytest.raises(ImageRefused, match="more than 5 times"):
+        only(f"{site}/circle/a", **LOCAL)
+
+
+def test_a_body_cut_to_the_length_its_header_claims_is_unreadable(site):
+    with pytest.raises(ImageUnreadable):
+        only(f"{site}/cut", **LOCAL)
+
+
+def test_more_hosts_than_connections_are_kept_for_are_all_served(site, monkeypatch):
+    monkeypatch.setattr(engine_module, "CLIENTS", 2)
+    by_name = site.replace("127.0.0.1", "localhost")
+    hosts = [site, by_name, site.replace("127.0.0.1", "127.0.0.2"), site]
+    _, replies = fetch(*(f"{host}/a.jpg" for host in hosts), allow_hosts=["127.0.0.1", "127.0.0.2", "localhost"])
+    assert sum(bool(getattr(reply, "value", None)) for reply in replies) >= 3  # 127.0.0.2 is there on Linux alone
+
+
+def test_a_message_shows_no_control_characters_and_no_endless_address():
+    for uri in ("http://a\x1b[31m/x", "data:," + "x" * 10_000, "/etc/\n" + "y" * 10_000):
+        with pytest.raises(ImageRefused) as refused:
+            only(uri)
+        assert str(refused.value).isprintable() and len(str(refused.value)) < 500
 
 
 def test_a_body_that_breaks_off_is_passing_trouble(site):

@@ -1,0 +1,222 @@
+"""Files are told by what is in them, and what is only likely says so."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mllmsrec_core.errors import SourceError
+from tasks.init import NAMES, Proposal, propose
+
+T = 1_700_000_000
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def write(folder: Path, **files: str | pl.DataFrame) -> str:
+    """Files by name, `__` for a dot; text as it is, frames as Parquet."""
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, pl.DataFrame):
+            content.write_parquet(path)
+        else:
+            path.write_text(content)
+    return str(folder)
+
+
+def told(proposal: Proposal) -> dict[str, object]:
+    return {f"{line.table.removeprefix('ingest.')}.{line.key}": line.value for line in proposal.lines if not line.off}
+
+
+def doubts(proposal: Proposal) -> dict[str, str]:
+    return {line.key: line.unsure for line in proposal.lines if line.unsure}
+
+
+ITEMS = "sku,name,picture,brand\nb1,Mug,img/b1.jpg,Acme\nb2,Lamp,img/b2.jpg,Acme\n"
+CLICKS = f"customer_id,sku,created_at,stars\nu1,b1,{T}000,5\nu2,b2,{T + 9}000,1\nu1,b2,{T + 99}000,4\n"
+
+
+def test_a_shop_with_plain_names_is_mapped_without_a_doubt(tmp_path):
+    found = propose(write(tmp_path, products__csv=ITEMS, orders__csv=CLICKS, **{"img/b1__jpg": "", "img/b2__jpg": ""}))
+    assert found.unsure == []
+    assert told(found) == {
+        "generic.items_file": "products.csv",
+        "generic.interactions_file": "orders.csv",
+        "generic.at_unit": "ms",
+        "generic.liked_from": 4.0,
+        "generic.item_columns.item_id": "sku",
+        "generic.item_columns.title": "name",
+        "generic.item_columns.image": "picture",
+        "generic.item_columns.attributes": ["brand"],
+        "generic.interaction_columns.user_id": "customer_id",
+        "generic.interaction_columns.item_id": "sku",
+        "generic.interaction_columns.at": "created_at",
+        "generic.interaction_columns.rating": "stars",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [
+        ([str(T), str(T + 5)], "s"),
+        ([f"{T}000", f"{T}123"], "ms"),
+        ([f"{T}000000", f"{T}123456"], "us"),
+        (["2024-01-02", "2024-01-02 10:00:00"], "iso"),
+    ],
+)
+def test_the_unit_of_time_is_told_by_its_size(tmp_path, values, unit):
+    clicks = "user,item_id,time\n" + "".join(f"u,b{n},{value}\n" for n, value in enumerate(values))
+    found = propose(write(tmp_path, items__csv="item_id,title\nb0,Mug\nb1,Lamp\n", clicks__csv=clicks))
+    assert told(found)["generic.at_unit"] == unit and "at_unit" not in doubts(found)
+
+
+def test_typed_times_need_no_unit_and_any_name(tmp_path):
+    clicks = pl.DataFrame({"user": ["u"], "item_id": ["b0"], "x": [datetime.fromtimestamp(T, UTC)]})
+    found = propose(write(tmp_path, items__csv="item_id,title\nb0,Mug\n", clicks__parquet=clicks))
+    assert "generic.at_unit" not in told(found)
+    assert told(found)["generic.interaction_columns.at"] == "x"
+    assert doubts(found) == {"at": "chosen because it holds times"}
+
+
+def test_times_in_no_unit_and_no_time_at_all_are_doubts(tmp_path):
+    items = "item_id,title\nb0,Mug\n"
+    found = propose(write(tmp_path / "a", items__csv=items, clicks__csv="user,item_id,time\nu,b0,soon\n"))
+    assert "no such time" in doubts(found)["at_unit"]
+    found = propose(write(tmp_path / "b", items__csv=items, clicks__csv="user,item_id\nu,b0\n"))
+    assert told(found)["generic.interaction_columns.at"] == "" and "at" in doubts(found)
+
+
+@pytest.mark.parametrize(
+    ("ratings", "liked_from", "sure"),
+    [
+        (["1", "5", "3.5"], 4.0, True),
+        (["0", "1"], 1.0, False),
+        (["2", "9", "10"], 8.0, False),
+        (["35", "90"], 80.0, False),
+        (["5", "5"], None, False),
+        (["good", "bad"], None, False),
+    ],
+)
+def test_liking_begins_where_the_scale_suggests(tmp_path, ratings, liked_from, sure):
+    clicks = "user,item_id,time,rating\n" + "".join(f"u{n},b0,{T},{value}\n" for n, value in enumerate(ratings))
+    found = propose(write(tmp_path, items__csv="item_id,title\nb0,Mug\n", clicks__csv=clicks))
+    assert told(found).get("generic.liked_from") == liked_from
+    assert ("liked_from" not in doubts(found)) == sure
+
+
+def test_a_column_of_another_name_is_the_item_when_its_values_are(tmp_path):
+    clicks = f"user_id,product_type_id,thing,time\nu,7,b0,{T}\nv,8,b1,{T}\n"
+    found = propose(write(tmp_path, items__csv="item_id,title\nb0,Mug\nb1,Lamp\n", clicks__csv=clicks))
+    assert told(found)["generic.interaction_columns.item_id"] == "thing"
+    assert "are not" in doubts(found)["item_id"]
+
+
+def test_ids_that_no_item_has_are_a_doubt(tmp_path):
+    found = propose(write(tmp_path, products__csv=ITEMS, orders__csv=CLICKS.replace("b", "x")))
+    assert "0 % of its first values" in doubts(found)["item_id"]
+
+
+def test_pictures_that_do_not_lie_where_the_column_says_are_a_doubt_that_names_their_folder(tmp_path):
+    files = {"products__csv": ITEMS.replace("img/", ""), "orders__csv": CLICKS, "img/b1__jpg": "", "img/b2__jpg": ""}
+    assert "`img`" in doubts(propose(write(tmp_path, **files)))["image"]
+
+
+def test_a_list_of_picture_urls_is_found_by_its_values(tmp_path):
+    rows = [{"sku": f"b{n}", "name": "Mug", "views": [f"https://x.org/{n}.JPG"]} for n in (1, 2)]
+    found = propose(write(tmp_path, products__jsonl="\n".join(json.dumps(row) for row in rows), orders__csv=CLICKS))
+    assert "generic.item_columns.image" not in told(found), "a list of several is read by its first, a name says which"
+    rows = [{"sku": f"b{n}", "name": "Mug", "view": f"https://x.org/{n}.JPG"} for n in (1, 2)]
+    found = propose(write(tmp_path, products__jsonl="\n".join(json.dumps(row) for row in rows), orders__csv=CLICKS))
+    assert told(found)["generic.item_columns.image"] == "view" and "image" in doubts(found)
+
+
+def test_the_items_are_those_that_the_interactions_name_whatever_else_lies_there(tmp_path):
+    users = "id,name,description,category,image\nu1,Ann,x,y,z\nu2,Bob,x,y,z\n"
+    found = propose(write(tmp_path, users__csv=users, products__csv=ITEMS, orders__csv=CLICKS))
+    assert told(found)["generic.items_file"] == "products.csv"
+    assert "users.csv" in doubts(found)["items_file"]
+
+
+def test_one_file_may_hold_both(tmp_path):
+    found = propose(write(tmp_path, log__csv=f"user_id,item_id,title,time\nu,b,Mug,{T}\nv,b,Mug,{T}\n"))
+    assert told(found)["generic.items_file"] == told(found)["generic.interactions_file"] == "log.csv"
+    assert "same file" in doubts(found)["items_file"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "there is no file below"),
+        ({"a__csv": "x,y\n1,2\n"}, r"looks like interactions .*a\.csv \(x, y\)"),
+        ({"a__csv": CLICKS}, r"looks like items"),
+        ({"a__csv__gz": "no gzip"}, r"looks like interactions .*a\.csv\.gz"),
+    ],
+)
+def test_where_nothing_fits_the_error_says_what_was_looked_at(tmp_path, files, message):
+    with pytest.raises(SourceError, match=message):
+        propose(write(tmp_path, **files))
+
+
+def test_a_file_instead_of_its_folder_says_what_is_wanted(tmp_path):
+    write(tmp_path, orders__csv=CLICKS)
+    with pytest.raises(SourceError, match="wants the folder"):
+        propose(str(tmp_path / "orders.csv"))
+
+
+AMAZON = json.dumps({"user_id": "u", "parent_asin": "b", "rating": 5.0, "timestamp": T * 1000})
+
+
+def test_layouts_our_readers_know_are_told_by_their_files(tmp_path):
+    ratings = f"userId,movieId,rating,timestamp\n1,2,4.5,{T}\n"
+    movies = "movieId,title,genres\n2,Up (2009),Comedy\n"
+    lens = {"ml/ratings__csv": ratings, "ml/movies__csv": movies, "covers/2__jpg": ""}
+    found = propose(write(tmp_path / "lens", **lens))
+    assert found.dataset == "movielens" and found.unsure == []
+    assert told(found)["movielens.ratings_file"] == "ml/ratings.csv"
+    assert told(found)["movielens.posters"] == "covers"
+
+    pairs = {"M-50k_pairs__tsv": "1\t2 3\n", "M-50k_titles__csv": "item,title\n2,x\n", "M_covers/2__jpg": ""}
+    found = propose(write(tmp_path / "micro", **pairs))
+    assert found.dataset == "microlens" and found.unsure == []
+    assert told(found) == {
+        "microlens.pairs_file": "M-50k_pairs.tsv",
+        "microlens.titles_file": "M-50k_titles.csv",
+        "microlens.covers": "M_covers",
+    }
+
+    baby = {"Baby__jsonl": AMAZON, "meta_Baby__jsonl": '{"parent_asin": "b"}'}
+    found = propose(write(tmp_path / "amazon", **baby))
+    assert found.dataset == "amazon" and found.unsure == [] and told(found)["amazon.category"] == "Baby"
+
+
+def test_of_several_releases_the_first_is_chosen_and_the_others_are_named(tmp_path):
+    pairs = {f"M-{size}_pairs__tsv": "1\t2 3\n" for size in ("100k", "50k")}
+    titles = {f"M-{size}_titles__csv": "item,title\n2,x\n" for size in ("100k", "50k")}
+    assert "M-50k_pairs.tsv" in doubts(propose(write(tmp_path / "micro", **pairs, **titles)))["pairs_file"]
+    both = {f"{name}__jsonl": AMAZON for name in ("Baby", "Toys", "meta_Baby", "meta_Toys")}
+    assert "Toys" in doubts(propose(write(tmp_path / "amazon", **both)))["category"]
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the shared datasets are not beside the repository")
+@pytest.mark.parametrize(("folder", "dataset"), [("microlens-50k", "microlens"), ("movielens-posters", "movielens")])
+def test_the_real_folders_are_told(folder, dataset):
+    found = propose(str(SHARED / folder))
+    assert found.dataset == dataset and found.unsure == []
+
+
+@given(st.lists(st.sampled_from(sorted(NAMES)), min_size=2, unique=True), st.randoms(use_true_random=False))
+def test_a_column_is_never_taken_for_two(ours, rng):
+    from storage.heads import Head
+    from tasks.init import OF_INTERACTIONS, OF_ITEMS, mapped
+
+    names = [rng.choice(NAMES[name]) for name in ours]
+    frame = pl.DataFrame({name: ["x"] for name in names})
+    for wanted in (OF_ITEMS, OF_INTERACTIONS):
+        columns = [found.column for found in mapped(Head("a.csv", 1, frame), wanted).values()]
+        assert len(set(columns)) == len(columns) and set(columns) <= set(names)
