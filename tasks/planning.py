@@ -21,7 +21,7 @@ from storage.tables import content_digest
 from tasks.carry import HASHES, count_asks, hashed, read_last
 from tasks.config import Options
 from tasks.run_stage import done_schema, fingerprint, model_name, split
-from tasks.stage_task import STAGE_BY_NAME, Lazy, draw_sample, gather, inputs_of, parts, sample_of, standing
+from tasks.stage_task import STAGE_BY_NAME, draw_sample, gather, readers, ready, sample_of, standing
 from tasks.work import Work
 
 READ = {table for stage in STAGES for table in stage.reads}  # nobody is priced by the others: metrics cost seconds
@@ -86,7 +86,7 @@ def make_plan(work: Work, env: str, options: Options | None = None, only: str | 
 def _plan_alone(state: _Pass, stage: Stage) -> Line:
     gather(state.work, stage, state.before, state.before)  # says which table is missing
     for record in state.before.values():
-        state.readers |= _readers(state.work, record)
+        state.readers |= readers(state.work, record["tables"])
         state.digests |= {table: pointer["digest"] for table, pointer in record["tables"].items()}
     if state.options.sample:
         state.work = draw_sample(state.work, state.before, state.options.sample)
@@ -95,15 +95,11 @@ def _plan_alone(state: _Pass, stage: Stage) -> Line:
 
 def _plan_stage(state: _Pass, stage: Stage) -> Line:
     work, last = state.work, state.before.get(stage.name)
-    inputs = inputs_of(work, stage, Lazy({table: state.readers[table] for table in stage.reads}))
-    own = last if stage.continues and stage.continues(inputs) else None
-    if own:
-        inputs = replace(inputs, before=Lazy(_readers(work, own)))
-    now = parts(work, stage, inputs, {table: state.digests[table] for table in stage.reads}, own)
+    inputs, now = ready(work, stage, state.readers, state.digests, last)
     certain = state.certain(stage)
     record = standing(work, stage, now, last, state.options.retrain) if not state.retry else None
     if record:
-        state.readers |= _readers(work, record)
+        state.readers |= readers(work, record["tables"])
         state.digests |= {table: pointer["digest"] for table, pointer in record["tables"].items()}
         counts = record["counts"]
         note = PINNED if stage.pinned and record["fingerprint"] != fingerprint(now) else ""
@@ -113,20 +109,6 @@ def _plan_stage(state: _Pass, stage: Stage) -> Line:
     why = cause(now, last and last["parts"], retry=bool(state.retry), coverage=(last or {}).get("coverage", 1.0))
     rate = work.store.envs.rate(stage.name, model_name(inputs))
     return Line(stage.name, due, why, _seconds(due, rate), _money(work, due), state.note)
-
-
-def _readers(work: Work, record: Mapping[str, Any]) -> dict[str, Callable[[], pl.DataFrame]]:
-    def reader(table: str, write_id: str) -> Callable[[], pl.DataFrame]:
-        held: list[pl.DataFrame] = []
-
-        def read() -> pl.DataFrame:
-            if not held:
-                held.append(work.store.tables.read(table, write_id))
-            return held[0]
-
-        return read
-
-    return {table: reader(table, pointer["write_id"]) for table, pointer in record["tables"].items()}
 
 
 def _compute(

@@ -66,15 +66,32 @@ def gather(
             f"stage {stage.name} reads the table `{missing[0]}`, which this environment does not have; "
             f"run what is upstream first: mllmsrec run --stage {upstream}"
         )
-    inputs = inputs_of(work, stage, Lazy({table: _reader(work, table, pointers[table]) for table in stage.reads}))
-    own = (before or {}).get(stage.name) if stage.continues and stage.continues(inputs) else None
+    digests = {table: pointer["digest"] for table, pointer in pointers.items()}
+    return ready(work, stage, readers(work, pointers), digests, (before or {}).get(stage.name))
+
+
+def readers(work: Work, pointers: Mapping[str, Any]) -> dict[str, Callable[[], pl.DataFrame]]:
+    """Table name -> what reads it, once."""
+
+    def reader(table: str, write_id: str) -> Callable[[], pl.DataFrame]:
+        return cache(lambda: work.store.tables.read(table, write_id))
+
+    return {table: reader(table, pointer["write_id"]) for table, pointer in pointers.items()}
+
+
+def ready(
+    work: Work,
+    stage: Stage,
+    reading: Mapping[str, Callable[[], pl.DataFrame]],
+    digests: Mapping[str, str],
+    last: Mapping[str, Any] | None,
+) -> tuple[Inputs, dict[str, Any]]:
+    """`gather` on tables that are at hand; `last` is the stage's record that the environment shows."""
+    inputs = inputs_of(work, stage, Lazy({table: reading[table] for table in stage.reads}))
+    own = last if stage.continues and stage.continues(inputs) else None
     if own:
-        inputs = replace(inputs, before=Lazy({table: _reader(work, table, p) for table, p in own["tables"].items()}))
-    return inputs, parts(work, stage, inputs, {table: pointers[table]["digest"] for table in stage.reads}, own)
-
-
-def _reader(work: Work, table: str, pointer: Mapping[str, Any]) -> Callable[[], pl.DataFrame]:
-    return lambda: work.store.tables.read(table, pointer["write_id"])
+        inputs = replace(inputs, before=Lazy(readers(work, own["tables"])))
+    return inputs, parts(work, stage, inputs, {table: digests[table] for table in stage.reads}, own)
 
 
 def inputs_of(work: Work, stage: Stage, tables: Mapping[str, pl.DataFrame]) -> Inputs:
