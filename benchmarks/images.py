@@ -63,7 +63,7 @@ def pool(folder: Path, n: int) -> int:
 
 def ours(folder: Path, n: int, keep: str) -> int:
     from mllmsrec_core.stage import Inputs
-    from mllmsrec_core.stages import images
+    from mllmsrec_core.stages import STAGES, images
     from storage.source import FsspecSource
     from storage.store import Store
     from tasks.engines.fetch import FetchEngine
@@ -75,7 +75,8 @@ def ours(folder: Path, n: int, keep: str) -> int:
         items = pl.DataFrame({"item_id": source.names()}).with_columns(
             image_uri=pl.format("{}/{}", pl.lit(str(folder)), "item_id"), image_version=pl.lit(None, pl.String)
         )
-        inputs = Inputs({"items": items}, {"images": images.Params.model_validate({})}, versions=source.versions)
+        params = {stage.name: stage.params() for stage in STAGES}
+        inputs = Inputs({"items": items}, params, versions=source.versions)
         engine = FetchEngine(store.blobs, allow_roots=[str(folder)], keep=keep)  # type: ignore[arg-type]
         parts = {"params": {}, "model": None, "code": ""}
         record = run_stage(store, images.STAGE, inputs, parts, lambda ask: engine, How())
@@ -98,13 +99,16 @@ def one_side(name: str, folder: Path, n: int) -> None:
 
 def large() -> None:
     """Milliseconds of CPU for one picture of 4,000 x 3,000: checked once, and decoded for each step of a model."""
-    from tasks.engines.pictures import check, decode
+    from tasks.engines.pictures import check, decode, reduced
 
     content = motif(0, (3_000, 4_000))
+    copy, _ = reduced(content, 500_000)
     small = motif(0, (600, 800))
     for label, work in (
         ("checked", lambda: check(content)),
         ("decoded to 0.5 million pixels", lambda: decode(content, 500_000)),
+        ("made smaller once, when it comes", lambda: reduced(content, 500_000)),
+        (f"that copy of {len(copy) / 1e6:.1f} MB decoded", lambda: decode(copy, 500_000)),
         ("decoded whole", lambda: decode(content)),
         ("800 x 600 decoded", lambda: decode(small, 500_000)),
     ):

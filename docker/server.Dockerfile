@@ -2,8 +2,8 @@
 FROM python:3.11.15-slim
 
 ARG PREFECT
-# The cap is pyproject.toml's: later ones stop the server from starting.
-RUN pip install --no-cache-dir "prefect==$PREFECT" "fastapi<0.151" \
+# The caps are pyproject.toml's: later ones stop the server from starting, or its scheduler from making runs.
+RUN pip install --no-cache-dir "prefect==$PREFECT" "fastapi<0.151" "sqlalchemy<2.1" \
  && useradd --create-home --uid 10001 app \
  && install --directory --owner app /prefect
 

@@ -1,4 +1,4 @@
-"""What a Prefect server does by itself about deployed runs that died: mark them Crashed, and start the pipeline again.
+"""What a Prefect server does by itself: mark runs that died Crashed, start the pipeline again, and notify somebody.
 
 Knows no deployment: runs are recognised by the tag they inherit. A run goes on from what the store holds, so to start it
 again asks nothing twice but the answers that were not yet durable.
@@ -8,22 +8,31 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID
 
-from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
+from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture, SendNotification
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ActionTypes
+from prefect.exceptions import ObjectNotFound
+
+from flows.events import BELOW, TAG
+from mllmsrec_core.errors import UsageError
+from tasks.prefect_tasks import GPU
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-TAG = "mllmsrec"  # on every deployment, and so on every run of one
 HEARTBEAT_SECONDS = 30  # the shortest that Prefect 3.8 accepts
-SILENCE = timedelta(minutes=5)  # ten heartbeats: on a busy machine some come late, and nobody waits for a night run
+SILENCE = timedelta(
+    seconds=90
+)  # three heartbeats: a dead run is Crashed within three minutes, the server's loop included
 # A worker reports a killed process twice, 20 s apart as measured, and the second report would hit the new start.
 PAUSE = timedelta(minutes=1)
 RESTARTS = 2
 RUN = "prefect.flow-run."
 ENDED = ("Completed", "Failed", "Cancelled", "Crashed")
+BROKEN = ("Failed", "TimedOut", "Crashed")
 STARTED = ("Scheduled", "AwaitingRetry", "Pending", "Running")
 SET_ASIDE = ("Paused", "Suspended", "AwaitingRetry", "Scheduled")  # no process, so no heartbeat
 
@@ -77,16 +86,67 @@ def restarts() -> AutomationCore:
     )
 
 
+def failure_notice(block: UUID) -> AutomationCore:
+    """Every run that ends Failed, TimedOut or Crashed is told to the notification block with this id."""
+    return AutomationCore(
+        name="mllmsrec: a failed run is told",
+        description="Through the block that `mllmsrec deploy --notify` named last.",
+        trigger=EventTrigger(
+            expect={RUN + name for name in BROKEN},
+            match={"prefect.resource.id": RUN + "*"},
+            match_related=_OURS,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block,
+                subject="mllmsrec: {{ flow_run.name }} {{ flow_run.state.name }}",
+                body="{{ flow.name }}, {{ flow_run.name }}: {{ flow_run.state.message }}\n{{ flow_run|ui_url }}",
+            )
+        ],
+    )
+
+
+def metric_notice(block: UUID) -> AutomationCore:
+    """Every metric below its bar (`settings.min_metrics`) is told to the notification block with this id."""
+    return AutomationCore(
+        name="mllmsrec: a metric below its bar is told",
+        description="Through the block that `mllmsrec deploy --notify` named last.",
+        trigger=EventTrigger(
+            expect={BELOW},
+            match={"prefect.resource.id": "mllmsrec.metric.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block,
+                subject="mllmsrec: {{ event.payload.name }} of {{ event.payload.place }} is low",
+                body="{{ event.payload.name }} of {{ event.payload.place }} is {{ event.payload.value }}, below "
+                "{{ event.payload.least }}, on {{ event.payload.n_users }} users.",
+            )
+        ],
+    )
+
+
 def _change(to: StateType, name: str, why: str) -> ActionTypes:
     return ChangeFlowRunState(state=to, name=name, message=why, force=False)
 
 
-def install(client: SyncPrefectClient) -> list[str]:
-    """Create both automations, or bring them up to date; one that somebody switched off stays off. Their names.
+def install(client: SyncPrefectClient, notify: str | None = None) -> list[str]:
+    """Create the automations, or bring them up to date; one that somebody switched off stays off. Their names.
 
-    One that is as it should be is left alone: an update would forget which runs it is watching.
+    `notify` names a notification block as `type/name`; without it nothing about notices is changed. An automation that is
+    as it should be is left alone: an update would forget which runs it is watching. Raises UsageError for an unknown
+    block.
     """
     wanted = [dead_runs(), restarts()]
+    if notify:
+        block = find_block(client, notify)
+        wanted += [failure_notice(block), metric_notice(block)]
     for automation in wanted:
         standing = client.read_automations_by_name(automation.name)
         if not standing:
@@ -95,3 +155,26 @@ def install(client: SyncPrefectClient) -> list[str]:
             if (one.trigger, one.actions) != (automation.trigger, automation.actions):
                 client.update_automation(one.id, automation.model_copy(update={"enabled": one.enabled}))
     return [automation.name for automation in wanted]
+
+
+def find_block(client: SyncPrefectClient, notify: str) -> UUID:
+    """The id of a block document, as `slack-webhook/team`. Raises UsageError where there is none."""
+    kind, _, name = notify.partition("/")
+    try:
+        return client.read_block_document_by_name(name, block_type_slug=kind).id
+    except (ObjectNotFound, ValueError):
+        raise UsageError(
+            f"there is no block `{notify}` on the Prefect server. Write --notify TYPE/NAME, as in slack-webhook/team; "
+            "`prefect block ls` lists them, and under Blocks in the UI you make one"
+        ) from None
+
+
+def limit_gpus(client: SyncPrefectClient, gpus: int | None) -> None:
+    """Make the limit that stages on a GPU wait for: of `gpus` slots, or of one if there is no limit yet."""
+    try:
+        standing = client.read_global_concurrency_limit_by_name(GPU)
+    except ObjectNotFound:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU, limit=gpus or 1))
+        return
+    if gpus and standing.limit != gpus:
+        client.update_global_concurrency_limit(GPU, GlobalConcurrencyLimitUpdate(limit=gpus))

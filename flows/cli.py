@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import typer
 
-from flows.commands import deploy, environments, init, keep, look, overrule, run
+from flows.commands import bench, deploy, environments, init, keep, look, overrule, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (run.demo, init.init, run.plan, run.run, run.retry, run.try_),
+    "Measure": (bench.bench,),
     "Look": (look.status, look.errors, look.why, look.report, look.export),
     "Environments": (environments.envs, environments.history, environments.promote, environments.rollback),
     "Schedule": (deploy.deploy,),

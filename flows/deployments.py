@@ -73,11 +73,6 @@ def collect(
 globals().update(STAGE_FLOWS)  # each under its stage's name: an entrypoint names an attribute of a module
 
 
-def deployment_name(config: Config) -> str:
-    """`dataset-environment`: of the deployments, and of the work queue they share."""
-    return f"{config.stage_params()['ingest'].dataset}-{config.settings.env}"
-
-
 def deployments(
     config: Config, options: Options | None = None, *, cron: str | None = None, pool: str = POOL
 ) -> list[RunnerDeployment]:
@@ -91,11 +86,11 @@ def deployments(
     params = config.params.model_dump(mode="json")
     told = {"params": params, "settings": settings, "options": (options or Options()).model_dump(mode="json")}
     shared = {
-        "name": deployment_name(config),
+        "name": config.place,
         "tags": [automations.TAG, f"dataset:{params['ingest']['dataset']}", f"env:{config.settings.env}"],
         "concurrency_limit": ONE_AT_A_TIME,
         "work_pool_name": pool,
-        "work_queue_name": deployment_name(config),
+        "work_queue_name": config.place,
         "job_variables": {"env": JOB_ENVIRONMENT, "working_dir": str(Path.cwd())},
     }
     deploy = partial(RunnerDeployment.from_entrypoint, **shared)
@@ -123,12 +118,13 @@ def refuse_relative(store: str) -> None:
         )
 
 
-def install(made: Sequence[RunnerDeployment]) -> list[str]:
-    """Create or update the work pool, the queue, the deployments and the automations; the deployments' full names.
+def install(made: Sequence[RunnerDeployment], notify: str | None = None, gpus: int | None = None) -> list[str]:
+    """Create or update pool, queue, deployments, automations and the limit on GPUs; the deployments' full names.
 
-    What somebody has set since stays: a schedule that was started or changed (unless a new one is given, which then is
-    as active as the old one), the limit of the queue, an automation that was switched off. Raises UsageError where no
-    server is configured or none answers.
+    `notify` is a notification block (`type/name`), `gpus` how many stages may hold one at once. What somebody has set
+    since stays: a schedule that was started or changed (unless a new one is given, which then is as active as the old
+    one), the limit of the queue, an automation that was switched off, notices and the limit on GPUs where nothing new is
+    said of them. Raises UsageError where no server is configured or none answers, and for an unknown block.
     """
     url = get_current_settings().api.url
     right = "run `prefect server start`, and set PREFECT_API_URL=http://127.0.0.1:4200/api"
@@ -136,12 +132,13 @@ def install(made: Sequence[RunnerDeployment]) -> list[str]:
         raise UsageError(f"deployments live in a Prefect server, and none is configured: {right}")
     try:
         with get_client(sync_client=True) as client:
+            automations.install(client, notify)
+            automations.limit_gpus(client, gpus)
             first = made[0]
             _ensure_queue(client, str(first.work_pool_name), str(first.work_queue_name))
             for deployment in made:
                 _keep_what_was_set(client, deployment)
                 deployment.apply()
-            automations.install(client)
     except httpx.TransportError as error:
         raise UsageError(f"no Prefect server answers at {url} ({error}): {right}") from error
     return [deployment.full_name for deployment in made]

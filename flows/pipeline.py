@@ -6,13 +6,18 @@ not postponed here: Prefect builds the form in its UI from the parameters' real 
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
 
+from flows import events
+from flows.artifacts import model_metrics, show_made, show_plan, show_report
 from mllmsrec_core.errors import OutOfTime
 from mllmsrec_core.stages import STAGES
+from tasks.cluster import Shards
 from tasks.config import Config, Options, Pipeline, Settings
 from tasks.prefect_tasks import stage_task
 from tasks.report import write_report
@@ -33,19 +38,64 @@ def run(config: Config, options: Options = OPTIONS, only: str | None = None) -> 
     deadline = time.time() + 60 * options.budget_minutes if options.budget_minutes else None
     stages: dict[str, Any] = dict(before) if only else {}
     made: dict[str, Any] = {}
+    names, reused = (only,) if only else NAMES, set[str]()
     try:
-        for name in [only] if only else NAMES:
-            state = stage_task(name, config.to_json(), stages, before, options, deadline, return_state=True)
-            if made and isinstance(state.result(raise_on_failure=False), OutOfTime):
-                break
-            made[name] = stages[name] = cast(dict[str, Any], state.result())
+        show_plan(config, options, before, names)
+        with Shards(config) as shards:
+            for name in names:
+                told = (name, config.to_json(), stages, before, options, deadline)
+                state = stage_task(*told, shards.ask(name, stages, before, options, deadline), return_state=True)
+                if made and isinstance(state.result(raise_on_failure=False), OutOfTime):
+                    break
+                made[name] = stages[name] = cast(dict[str, Any], state.result())
+                if state.name == "Cached":
+                    reused.add(name)
+                else:
+                    events.published(config, name, made[name])
     finally:
         open_work(config.to_json()).engine_for.drop()  # an engine may hold a GPU, or processes of its own
     store.envs.move(env, made)
+    _tell(config, options, env, before, made, reused)
     return made
 
 
-@flow(name="mllmsrec", flow_run_name="{settings.env}")
+def _tell(
+    config: Config, options: Options, env: str, before: dict[str, Any], made: dict[str, Any], reused: set[str]
+) -> None:
+    """Show what the run has published, and let automations know."""
+    show_made(config, options, env, before, made, reused)
+    if fresh := [name for name in made if name not in reused]:
+        events.moved(config, env, open_work(config.to_json()).store.envs.current(env)["seq"], fresh)
+    if "score" in fresh and not options.sample:
+        events.metrics(config, model_metrics(open_work(config.to_json()).store, env))
+
+
+def run_name(stage: str = "") -> Callable[[], str]:
+    """What a run is called in the UI: `demo-dev (scheduled)`, `caption demo-dev (retry 1)`, `... sample 20 (by hand)`."""
+
+    def name() -> str:
+        context = FlowRunContext.get()
+        assert context and context.flow_run
+        given, run = context.parameters or {}, context.flow_run
+        settings = Settings.model_validate(given.get("settings", SETTINGS))
+        params = Pipeline.model_validate(given.get("params", DEFAULTS))
+        sample = Options.model_validate(given.get("options", OPTIONS)).sample
+        place = f"{Config(settings, params).place}{f' sample {sample}' if sample else ''}"
+        return f"{stage} {place} ({_cause(run)})".strip()
+
+    return name
+
+
+def _cause(run: FlowRun) -> str:
+    """Who or what started a run. Its counter is raised at every start, after it was named."""
+    if run.run_count:
+        return f"retry {run.run_count}"
+    if run.auto_scheduled:
+        return "scheduled"
+    return "by an automation" if run.created_by and run.created_by.type == "AUTOMATION" else "by hand"
+
+
+@flow(name="mllmsrec", flow_run_name=run_name())
 def pipeline(
     params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
     settings: Settings = SETTINGS,
@@ -53,16 +103,17 @@ def pipeline(
 ) -> str:
     """All stages in order, then the report; returns where the report is."""
     config = Config(settings, params)
-    made = run(config, options)
-    path = write_report(open_work(config.to_json()), environment(config, options.sample))
-    create_markdown_artifact(_funnel(made, path), key="run", description="what this run published")
+    run(config, options)
+    env = environment(config, options.sample)
+    path = write_report(open_work(config.to_json()), env)
+    show_report(config, options, env, path)
     return path
 
 
 def stage_flow(name: str) -> Any:
     """The flow that runs one stage on its environment's tables."""
 
-    @flow(name=f"mllmsrec-{name}", flow_run_name=f"{name}-{{settings.env}}")
+    @flow(name=f"mllmsrec-{name}", flow_run_name=run_name(name))
     def one_stage(
         params: Pipeline = DEFAULTS,  # type: ignore[valid-type]
         settings: Settings = SETTINGS,
@@ -74,21 +125,3 @@ def stage_flow(name: str) -> Any:
 
 
 STAGE_FLOWS = {name: stage_flow(name) for name in NAMES}
-
-
-def _funnel(made: dict[str, Any], report: str) -> str:
-    lines = ["| stage | table | rows | asked | known | failed | seconds |", "|---|---|---|---|---|---|---|"]
-    for name, record in made.items():
-        counts = record["counts"]
-        for table, pointer in record["tables"].items():
-            cells = (
-                name,
-                table,
-                pointer["rows"],
-                counts["asked"],
-                counts["known"],
-                counts["failed"],
-                record["seconds"],
-            )
-            lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", f"Report: {report}"])

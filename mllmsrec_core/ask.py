@@ -36,7 +36,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An image inside a message, by the sha256 of its original bytes."""
+    """An image inside a message, by the sha256 of its bytes as a Fetch kept them."""
 
     sha256: str
 
@@ -66,10 +66,15 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Which bytes are at `uri` at this `version` (ETag, or size and mtime)?"""
+    """Which bytes are at `uri` at this `version` (ETag, or size and mtime), a picture of at most `max_pixels`?
+
+    A larger picture is answered with a smaller copy. None answers with any picture as it is, and stays out of the key,
+    so that answers given before there was a limit are found.
+    """
 
     uri: str
     version: str
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +132,9 @@ Ask = Fetch | Generate | Choose | Embed | Train
 class Reply:
     """An answer, or a failure of lasting or passing kind (`error` is its class, `value` then None).
 
-    `value` by kind: Fetch `{"sha256", "width", "height"}`; Generate the text; Choose `{"logprobs": {choice: float},
-    "mass": float}` (natural logs, unmasked, full vocabulary); Embed a list of floats of norm 1; Train `{"sha256",
-    "curves": [...]}`.
+    `value` by kind: Fetch `{"sha256", "width", "height"}` of the picture as kept, and with a limit `"original_sha256"`
+    of the bytes that came; Generate the text; Choose `{"logprobs": {choice: float}, "mass": float}` (natural logs,
+    unmasked, full vocabulary); Embed a list of floats of norm 1; Train `{"sha256", "curves": [...]}`.
     """
 
     value: Any = None
@@ -160,6 +165,8 @@ def canonical(value: Any) -> str:
 def render(ask: Ask) -> str:
     """The Ask as canonical JSON, as kept in the store for `why`; examples stand as their digest."""
     content = {name: value for name, value in _fields(ask).items() if name not in ("examples", "validation")}
+    if isinstance(ask, Fetch) and ask.max_pixels is None:
+        del content["max_pixels"]
     return _ENCODER.encode({"kind": kind(ask), "key_version": KEY_VERSION, **content})
 
 

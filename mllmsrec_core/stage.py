@@ -28,16 +28,22 @@ A finished row may hold `error` (an error class): such rows are counted and list
 """
 
 
+def in_order(schema: dict[str, Any]) -> None:
+    """Number a JSON schema's properties: Prefect keeps it where Postgres forgets their order, and its forms ask for this."""
+    for position, described in enumerate(schema.get("properties", {}).values()):
+        described["position"] = position
+
+
 class Params(BaseModel):
     """Base of every stage's parameters: whatever would change a byte of output, and nothing else."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, json_schema_extra=in_order)
 
 
 class AskParams(Params):
     """Parameters every stage with questions shares."""
 
-    max_error_rate: float = Field(0.1, ge=0, le=1)
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed rows above which the stage stops")
 
 
 def fields(*known: str) -> AfterValidator:
@@ -65,16 +71,17 @@ class Source(Protocol):
     """Where a dataset's files lie; paths are relative to its root. Readers in the core open files only here."""
 
     def names(self, under: str = "") -> list[str]:
-        """Every file below `under`, sorted."""
+        """Every file below `under`, sorted; names that are no UTF-8 are left out."""
         ...
 
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """A CSV, TSV, JSONL or Parquet file (or folder of Parquet) as its rows, and the rows that are broken.
+        """A CSV, TSV, JSONL or Parquet file as its rows, and the rows that are broken. A folder of parts of one
+        format is one table: lines go on from part to part, and key=value folders are columns.
 
         `columns` maps our names to the file's; None takes all as they are. Text formats come as String throughout: a
-        number as it is written, nested JSON as JSON, an empty field as null; Parquet keeps its types. The UInt32 column
-        `line` counts from 1, the header included; in Parquet it is the row. Broken rows (source, line, reason) are
-        rejects.
+        number as it is written (in JSON without exponent, 4.0 as 4), nested JSON as JSON, an empty field as null; Parquet
+        keeps its types. The UInt32 column `line` counts from 1, the header included; in Parquet it is the row. Broken rows
+        (source, line, reason) are rejects.
         Raises SourceError when the file is missing, has no bytes or lacks a column.
         """
         ...
@@ -119,7 +126,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the pipeline. `reads` and `writes` name tables; `needs` names other stages whose params it reads."""
+    """One step of the pipeline. `reads` and `writes` name tables; `needs` names other stages whose params it reads.
+
+    `caption.max_pixels` in `needs` stands for that one parameter: the others of its stage then change nothing here.
+    """
 
     name: str
     params: type[Params]

@@ -6,19 +6,18 @@ Knows file formats, not datasets: what a column means is the reader's business.
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import lzma
 import os
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from itertools import islice
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow
@@ -31,6 +30,7 @@ from mllmsrec_core.datasets import REJECTS
 from mllmsrec_core.errors import ImageRefused, ImageUnreadable, SourceError, StoreError, UsageError, nearest
 from storage.files import Files
 from storage.places import Places, parts
+from storage.rows import Rows, delimited, json_lines
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 PIECE = 1 << 26  # bytes of text turned into a frame at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-CHUNK = 100_000  # rows of text turned into a frame at a time, so that 10 million never stand in Python objects at once
+SOMETHING = re.compile(rb"\S")
 
 # Where file systems keep what changes when a file does, best first.
 MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -60,8 +60,12 @@ class FsspecSource:
         self.roots = (self.uri(""), *image_roots)
 
     def names(self, under: str = "") -> list[str]:
-        """Every file below `under`, sorted; empty where there is no such folder."""
-        return _of_source(lambda: self.files.names(under))
+        """Every file below `under`, sorted; empty where there is no such folder.
+
+        A name that is no UTF-8 is left out: no table can name it, and no file that we look for has one.
+        """
+        names = _of_source(lambda: self.files.names(under))
+        return [name for name in names if name.isascii() or name == name.encode(errors="replace").decode()]
 
     def uri(self, name: str) -> str:
         """The absolute path (local) or URL (elsewhere) of `name`; of the root for an empty name."""
@@ -125,41 +129,81 @@ class FsspecSource:
         return {uri: contents.get(parts(uri)[1], ABSENT) for uri in members}
 
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """The rows of a file, and its broken ones: see `mllmsrec_core.stage.Source`."""
-        plain = name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
-        extension = os.path.splitext(plain)[1].lower()
-        if extension == ".parquet" or self._isdir(name):
-            frame = self._parquet(name)
+        """The rows of a file or a folder of parts, and the broken ones: see `mllmsrec_core.stage.Source`."""
+        names = self._parts(name) if self._isdir(name) else [name]
+        if extension_of(names[0]) == ".parquet":
+            frame = self._parquet(name, names)
             return _wanted(frame, columns, frame.columns, self.uri(name)), pl.DataFrame(schema=REJECTS)
-        content = self._read(name)
+        wanted = set(columns.values()) if columns else None
+        read = self._rows(name, names, wanted)
+        rejects = pl.DataFrame([(name, line, reason) for line, reason in read.broken], schema=REJECTS, orient="row")
+        whole = wanted is None or wanted <= set(read.known)
+        known = (
+            read.known if whole else self._rows(name, names, set()).known
+        )  # of a column without values, all are asked
+        return _wanted(read.frame, columns, known, self.uri(name)), rejects
+
+    def lines(self, name: str) -> Iterator[pl.DataFrame]:
+        """The lines of a text file, a bounded number at a time: see `mllmsrec_core.stage.Source`."""
+        first = 1
+        for piece in self._pieces(name):
+            text = piece.removesuffix(b"\n").decode("utf-8", "replace")
+            split = pl.Series("text", [text]).str.split("\n").explode().str.strip_suffix("\r")
+            frame = split.to_frame().with_row_index("line", first).select("text", "line")
+            first += frame.height
+            frame = frame.filter(pl.col("text").str.strip_chars() != "")
+            if frame.height:
+                yield frame
+
+    def _text(self, name: str, wanted: set[str] | None) -> Rows:
+        """The rows of one text file; of JSON lines those columns that are wanted."""
+        extension = extension_of(name)
         if extension in DELIMITERS:
-            frame, broken = _delimited(content, DELIMITERS[extension], self.uri(name))
-            known: Iterable[str] = frame.columns
-        elif extension in JSON_LINES:
-            frame, broken, known = _json_lines(content, set(columns.values()) if columns else None)
-        else:
+            return delimited(self._whole(name), DELIMITERS[extension], self.uri(name))
+        if extension not in JSON_LINES:
             raise SourceError(
                 f"cannot tell the format of {self.uri(name)}: name it .parquet, "
                 f"{', '.join((*DELIMITERS, *JSON_LINES))}, or one of these with {', '.join(COMPRESSED)}"
             )
-        rejects = pl.DataFrame([(name, line, reason) for line, reason in broken], schema=REJECTS, orient="row")
-        return _wanted(frame, columns, known, self.uri(name)), rejects
+        return json_lines(self._pieces(name), wanted)
 
-    def lines(self, name: str) -> Iterator[pl.DataFrame]:
-        """The lines of a text file, a bounded number at a time: see `mllmsrec_core.stage.Source`."""
-        content, start, first, filled = self._read(name).removeprefix(b"\xef\xbb\xbf"), 0, 1, False
-        while start < len(content):
-            end = content.find(b"\n", start + PIECE) + 1 or len(content)
-            text = content[start:end].removesuffix(b"\n").decode("utf-8", "replace")
-            split = pl.Series("text", [text]).str.split("\n").explode().str.strip_suffix("\r")
-            frame = split.to_frame().with_row_index("line", first).select("text", "line")
-            start, first = end, first + frame.height
-            frame = frame.filter(pl.col("text").str.strip_chars() != "")
-            if frame.height:
-                filled = True
-                yield frame
-        if not filled:
-            raise SourceError(f"{self.uri(name)} is empty; export or download it again")
+    def _rows(self, folder: str, names: Sequence[str], wanted: set[str] | None) -> Rows:
+        """The one file `folder`, or its parts one behind another, and so their lines; key=value folders are columns.
+
+        A part may be without a byte.
+        """
+        if names == [folder]:
+            return self._text(folder, wanted)
+        frames, broken, known, before = [], [], dict[str, None](), 0
+        for name in filter(self.files.size, names):
+            keys = keys_of(name.removeprefix(folder))
+            read = self._text(name, None if wanted is None else wanted - set(keys))
+            of_folders = [pl.lit(value, pl.String).alias(key) for key, value in keys.items()]
+            frames.append(read.frame.with_columns(*of_folders, line=pl.col("line") + before))
+            broken += [(line + before, reason) for line, reason in read.broken]
+            known |= dict.fromkeys([*read.known, *keys])
+            before += read.n_lines
+        if not frames:
+            raise self._empty(folder)
+        frame = pl.concat(frames, how="diagonal")
+        missing = [pl.lit(None, pl.String).alias(key) for key in known if key not in frame.columns]
+        return Rows(frame.with_columns(missing), broken, known, before)
+
+    def _parts(self, folder: str) -> list[str]:
+        """The tables below a folder, all of one format, in the order of their names."""
+        tables = (*DELIMITERS, *JSON_LINES, ".parquet")
+        hidden = re.compile(r"/(?!\.\./)[._]")  # what engines write beside tables; `..` is refused later
+        below = [name for name in self.names(folder) if not hidden.search(name.removeprefix(folder.rstrip("/")))]
+        names = [name for name in below if extension_of(name) in tables]
+        kinds = sorted({extension_of(name) for name in names})
+        if not names:
+            raise SourceError(f"{self.uri(folder)} holds no file with rows ({', '.join(tables)}); check the path")
+        if len(kinds) > 1:
+            raise SourceError(
+                f"{self.uri(folder)} holds tables of several formats ({', '.join(kinds)}): name the one file that is meant, "
+                "or a folder of one format"
+            )
+        return names
 
     def _missing(self, name: str) -> SourceError:
         known = self.names()
@@ -168,27 +212,50 @@ class FsspecSource:
         hint = nearest(name, known)
         return SourceError(f"there is no {self.uri(name)}; {hint if len(hint) < 500 else 'check the file name'}")
 
-    def _read(self, name: str) -> bytes:
+    def _empty(self, name: str) -> SourceError:
+        return SourceError(f"{self.uri(name)} is empty; export or download it again")
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[IO[bytes]]:
+        """The bytes of a file, unpacked as they are read. Raises SourceError where that fails."""
         try:
-            content = _of_source(lambda: self.files.read(name))
-            if packed := infer_compression(name):
-                unpack: Any = compr.get(packed)  # type: ignore[call-overload]
-                content = unpack(io.BytesIO(content), mode="rb").read()
+            content = io.BytesIO(_of_source(lambda: self.files.read(name)))
+            unpack: Any = compr.get(infer_compression(name))  # type: ignore[call-overload]
+            yield unpack(content, mode="rb") if unpack else content
         except FileNotFoundError as error:
             raise self._missing(name) from error
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise SourceError(f"cannot read {self.uri(name)}: {error}; export or download it again") from error
+
+    def _whole(self, name: str) -> bytes:
+        """All bytes of a text file, unpacked. Raises SourceError where it is empty."""
+        with self._opened(name) as file:
+            content = file.read()
         if not content.removeprefix(BYTE_ORDER_MARK).strip():
-            raise SourceError(f"{self.uri(name)} is empty; export or download it again")
+            raise self._empty(name)
         return content
 
-    def _parquet(self, name: str) -> pl.DataFrame:
-        """A Parquet file or a folder of them with key=value folders as columns; parts in the order of their names."""
-        if not _of_source(lambda: self.files.exists(name)):
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        """A text file as whole lines, some PIECE bytes at a time, without a byte order mark; SourceError where it is empty."""
+        left, filled = b"", False
+        with self._opened(name) as file:
+            begin = file.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
+            while more := begin + file.read(PIECE):
+                begin, text = b"", left + more
+                end = text.rfind(b"\n") + 1
+                left = text[end:]
+                filled = filled or SOMETHING.search(text) is not None
+                if end:
+                    yield text[:end]
+        if left:
+            yield left
+        if not filled:
+            raise self._empty(name)
+
+    def _parquet(self, name: str, parts: list[str]) -> pl.DataFrame:
+        """The Parquet file `name`, or its parts with key=value folders as columns."""
+        if not _of_source(lambda: self.files.exists(parts[0])):
             raise self._missing(name)
-        parts = [part for part in self.names(name) if part.endswith(".parquet")] if self._isdir(name) else [name]
-        if not parts:
-            raise SourceError(f"{self.uri(name)} holds no .parquet file; check the path")
         try:
             with self._at_hand(parts) as root:
                 paths = [os.path.join(root, part) for part in parts]
@@ -269,6 +336,18 @@ def _version(info: Mapping[str, Any]) -> str:
     return f"{info.get('size')}-{mark:.6f}" if isinstance(mark, float) else f"{info.get('size')}-{mark}"
 
 
+def extension_of(name: str) -> str:
+    """The ending that says what a file holds, in lower case, without that of its compression."""
+    plain = name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
+    return os.path.splitext(plain)[1].lower()
+
+
+def keys_of(name: str) -> dict[str, str]:
+    """What the key=value folders in the name of a part say."""
+    pairs = [folder.partition("=") for folder in name.split("/")[:-1] if "=" in folder]
+    return {unquote(key): unquote(value) for key, _, value in pairs}
+
+
 def _wanted(frame: pl.DataFrame, columns: Mapping[str, str] | None, known: Iterable[str], where: str) -> pl.DataFrame:
     """`frame` under our names, with `line` last."""
     if columns is None:
@@ -278,118 +357,3 @@ def _wanted(frame: pl.DataFrame, columns: Mapping[str, str] | None, known: Itera
         if theirs not in known:
             raise SourceError(f"{where} has no column `{theirs}` (wanted as {ours}); {nearest(theirs, known)}")
     return frame.select(*(pl.col(theirs).alias(ours) for ours, theirs in columns.items()), "line")
-
-
-Broken = list[tuple[int, str]]  # line, reason
-
-
-def _delimited(content: bytes, delimiter: str, where: str) -> tuple[pl.DataFrame, Broken]:
-    """A delimited text file; without any quote it is split by columns, else record by record."""
-    text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    try:
-        header = [name.strip() for name in next(csv.reader(text.split("\n", 1), delimiter=delimiter))]
-    except csv.Error as error:
-        raise SourceError(f"the header of {where} cannot be read: {error}; export it again") from error
-    if not header:
-        raise SourceError(f"the first line of {where} is empty; it has to name the columns")
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise SourceError(f"{where} has the column `{twice}` twice; rename one in the header")
-    read = _quoted if '"' in text else _unquoted
-    return read(text, header, delimiter)
-
-
-def _unquoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, Broken]:
-    lines = pl.DataFrame({"text": pl.Series([text]).str.split("\n").explode()}).with_row_index("line", 1).slice(1)
-    n_fields = pl.col("text").str.count_matches(delimiter, literal=True) + 1
-    lines = lines.with_columns(pl.col("line").cast(pl.UInt32), n=n_fields).filter(pl.col("text") != "")
-    bad = lines.filter(pl.col("n") != len(header))
-    good = lines.filter(pl.col("n") == len(header))
-    fields = good["text"].str.split_exact(delimiter, len(header) - 1).struct.unnest()
-    fields.columns = header
-    frame = fields.with_columns(pl.all().replace("", None)).with_columns(good["line"])
-    return frame, [(line, _count(n, len(header))) for line, n in bad.select("line", "n").iter_rows()]
-
-
-def _quoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, Broken]:
-    lines, broken = text.split("\n"), []
-    records = _records(lines, len(header), delimiter, broken)
-    frame = _frame(({**dict(zip(header, fields, strict=True)), "line": line} for line, fields in records), header)
-    return frame.with_columns(pl.col(header).replace("", None)), broken
-
-
-def _records(lines: list[str], width: int, delimiter: str, broken: Broken) -> Iterator[tuple[int, list[str]]]:
-    """The line and fields of each record of `width` fields after the header; the rest goes to `broken`.
-
-    A stray quote swallows the lines after it until the field limit (128 KiB) or a record of the wrong width ends it;
-    only the line it stands on is broken, and reading starts again on the next.
-    """
-    start = 1
-    while start < len(lines):
-        rest = (lines[number] + "\n" for number in range(start, len(lines)))
-        reader = csv.reader(rest, delimiter=delimiter, strict=True)
-        begin = start
-        try:
-            for fields in reader:
-                if len(fields) == width and fields != [""]:
-                    yield begin + 1, fields
-                elif fields:
-                    broken.append((begin + 1, _count(len(fields), width)))
-                    if start + reader.line_num > begin + 1:
-                        break
-                begin = start + reader.line_num
-            else:
-                return
-        except csv.Error as error:
-            broken.append((begin + 1, str(error)))
-        start = begin + 1
-
-
-def _count(found: int, width: int) -> str:
-    return f"{found} field{'s' if found != 1 else ''} where the header has {width}"
-
-
-def _json_lines(content: bytes, wanted: set[str] | None) -> tuple[pl.DataFrame, Broken, set[str]]:
-    """One JSON object a line; the columns are all keys of all rows, or those of them that are wanted; and all keys."""
-    broken: Broken = []
-    known: set[str] = set()
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for line, text in enumerate(content.removeprefix(BYTE_ORDER_MARK).split(b"\n"), 1):
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text.decode("utf-8", errors="replace"))
-            except (ValueError, RecursionError) as error:
-                broken.append((line, f"no JSON: {error}"))
-                continue
-            if not isinstance(row, dict):
-                broken.append((line, f"a JSON object was expected, not {type(row).__name__}"))
-                continue
-            row = {_encodable(key): value for key, value in row.items()}
-            known.update(row)
-            yield {**{key: _text(value) for key, value in row.items() if wanted is None or key in wanted}, "line": line}
-
-    return _frame(rows(), []), broken, known
-
-
-def _text(value: Any) -> str | None:
-    """A JSON value as String: scalars as they are written, nested ones as JSON, nothing as null."""
-    if value is None or value == "":
-        return None
-    return _encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _encodable(text: str) -> str:
-    """`text` with half a surrogate pair, which JSON can hold and UTF-8 cannot, as a question mark."""
-    return text if text.isascii() else text.encode(errors="replace").decode()
-
-
-def _frame(rows: Iterable[dict[str, Any]], header: list[str]) -> pl.DataFrame:
-    """Rows as a frame of String columns and `line`, built a chunk at a time."""
-    rows, frames = iter(rows), [pl.DataFrame(schema={**dict.fromkeys(header, pl.String), "line": pl.UInt32})]
-    while chunk := list(islice(rows, CHUNK)):
-        names = dict.fromkeys(name for row in chunk for name in row if name != "line")
-        schema = {**dict.fromkeys(names, pl.String), "line": pl.UInt32}
-        frames.append(pl.DataFrame({name: [row.get(name) for row in chunk] for name in schema}, schema=schema))
-    return pl.concat(frames, how="diagonal").select(pl.exclude("line"), "line")

@@ -13,19 +13,30 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from mllmsrec_core.ask import canonical
-from mllmsrec_core.stage import Params
+from mllmsrec_core.stage import Params, in_order
 from mllmsrec_core.stages import STAGES
 
 
 class Settings(BaseModel):
     """How a run goes; no field changes what it publishes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     store: str = Field(default="./store", description="any fsspec URL")
     env: str = Field(default="dev", description="the environment the run publishes to")
     engine: Literal["transformers", "vllm", "openai"] = Field(
         default="transformers", description="who answers for models other than `scripted`"
+    )
+    runner: Literal["threads", "ray"] = Field(
+        default="threads",
+        description="ray: processes of a Ray cluster ask a stage's questions, each a share of its rows",
+    )
+    shards: int = Field(
+        default=16, ge=1, description="ray: most shares of a stage; 16 for each GPU spread a lost node's"
+    )
+    gpus_per_shard: float = Field(default=0.0, ge=0, description="ray: devices one shard holds; may be a fraction")
+    ray_address: str = Field(
+        default="", description="ray: HOST:PORT of a running cluster; default: one on this machine, for the run alone"
     )
     device: str = Field(default="auto", description="auto, cpu or cuda")
     batch_size: int = Field(default=32, ge=1, description="rows per forward pass")
@@ -36,14 +47,17 @@ class Settings(BaseModel):
         default=(), description="hosts images may come from although they are not public"
     )
     keep_images: Literal["copy", "reference"] = Field(
-        default="copy", description="pictures read from files are copied into the store, or stay where they are"
+        default="copy",
+        description="pictures in files are copied into the store, or stay where they are unless scaled down",
     )
     scratch: str = Field(default="", description="local folder for training checkpoints; default: beside a local store")
     max_model_len: int | None = Field(
-        default=None, ge=1, description="vllm: prompt and answer together, in tokens; default: what the model has"
+        default=None,
+        ge=1,
+        description="vllm: most room for prompt and answer, in tokens; it takes what the questions need, up to this",
     )
-    picture_cache_gb: float = Field(
-        default=4.0, ge=0, description="vllm: memory for processed pictures; 0 where none comes twice"
+    picture_cache_gb: float | None = Field(
+        default=None, ge=0, description="vllm: memory for processed pictures; default: 4 once one comes again, else 0"
     )
     eager: bool = Field(default=False, description="vllm: no compilation; starts faster, answers slower")
     vllm: dict[str, Any] = Field(
@@ -74,6 +88,13 @@ class Settings(BaseModel):
     price_in: float | None = Field(default=None, ge=0, description="money per million tokens read, for `plan`")
     price_out: float | None = Field(default=None, ge=0, description="money per million tokens written, for `plan`")
     currency: str = Field(default="", description="what the prices are in, as `plan` shows it")
+    stage_timeout_minutes: float | None = Field(
+        default=None, gt=0, description="a stage at work for longer is ended and keeps what it asked; default: none"
+    )
+    min_metrics: dict[str, float] = Field(
+        default_factory=dict,
+        description="least values of the model's metrics (auc, ndcg@10, ...); below one, mllmsrec.metric.below is sent",
+    )
     min_coverage: float = Field(
         default=1.0, ge=0, le=1, description="`promote` refuses tables with fewer rows up to date"
     )
@@ -92,7 +113,7 @@ class Settings(BaseModel):
 class Options(BaseModel):
     """What one run is asked besides its configuration."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=in_order)
 
     sample: int = Field(default=0, ge=0, description="only this many users, and the items they touch; 0: everyone")
     retry: tuple[str, ...] = Field(default=(), description="ask failures of these classes again; `all` for every class")
@@ -108,9 +129,11 @@ class Options(BaseModel):
 class Models(Params):
     """The model of every stage that names none of its own; `scripted` needs no weights at all."""
 
-    model: str = "embedded-vlm"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantisation: Literal["none", "nf4"] = "none"
+    model: str = Field(default="embedded-vlm", description="hub id or folder, for stages that name none")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the weights in use; auto: float32 for the embedded models, bfloat16 for others"
+    )
+    quantisation: Literal["none", "nf4"] = Field(default="none", description="nf4: weights in 4 bits (bitsandbytes)")
 
 
 Pipeline: type[Models] = create_model(
@@ -130,6 +153,11 @@ class Config:
     def stage_params(self) -> dict[str, Any]:
         """Stage name -> its Params."""
         return {stage.name: getattr(self.params, stage.name) for stage in STAGES}
+
+    @property
+    def place(self) -> str:
+        """`dataset-environment`: names its deployments, their queue, its runs and what they show."""
+        return f"{self.stage_params()['ingest'].dataset}-{self.settings.env}"
 
     def to_json(self) -> str:
         """One line that travels to another process and names this configuration."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+import polars as pl
 
 from mllmsrec_core.datasets import amazon, generic, microlens
 from mllmsrec_core.errors import SourceError
 from storage.heads import Head, heads
-from storage.source import FsspecSource
+from storage.source import DELIMITERS, JSON_LINES, FsspecSource, extension_of, keys_of
 
 PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|avif)$", re.IGNORECASE)
 
@@ -47,18 +49,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "image_version": ("imageversion", "imageetag", "pictureetag", "etag"),
 }  # fmt: skip
 ATTRIBUTES = (
-    "brand",
-    "size",
-    "color",
-    "colour",
-    "price",
-    "store",
-    "material",
-    "manufacturer",
-    "author",
-    "artist",
-    "year",
-)
+    "brand", "size", "color", "colour", "price", "store", "material", "manufacturer", "author", "artist", "year",
+)  # fmt: skip
 VAGUE = ("id", "sessionid", "product", "when", "day", "text", "summary", "label", "type", "filename")
 OF_ITEMS = ("item_id", "title", "description", "category", "image", "image_version")
 OF_INTERACTIONS = ("user_id", "item_id", "at", "rating")
@@ -193,7 +185,7 @@ class Found:
 
 def of_generic(source: FsspecSource, names: Sequence[str]) -> Proposal:
     """The generic reader's mapping of the two files that look most like items and interactions."""
-    looked = list(heads(source, names))
+    looked = list(tables(source, names))
     clicks = best(looked, lambda head: fit(head, "interactions"))
     items = None
     if clicks:
@@ -225,6 +217,33 @@ def of_generic(source: FsspecSource, names: Sequence[str]) -> Proposal:
         *columns("ingest.generic.interaction_columns", of_clicks, "at"),
     ]
     return Proposal("generic", tuple(lines))
+
+
+def tables(source: FsspecSource, names: Sequence[str]) -> Iterable[Head]:
+    """The head of every table; one that is cut into parts goes by its folder, and its head is that of the first part."""
+    cut: dict[str, list[str]] = {}
+    for name in names:
+        if folder := cut_from(name):
+            cut.setdefault(folder, []).append(name)
+    first = {parts[0]: folder for folder, parts in cut.items()}
+    for head in heads(source, [name for name in names if name in first or not cut_from(name)]):
+        folder = first.get(head.name)
+        if folder is None:
+            yield head
+            continue
+        keys = {key: pl.lit(value) for key, value in keys_of(head.name.removeprefix(folder)).items()}
+        n, frame = len(cut[folder]), head.frame if head.trouble else head.frame.with_columns(**keys)
+        yield replace(head, name=folder, size=n * head.size, frame=frame, whole=head.whole and n == 1)
+
+
+def cut_from(name: str) -> str:
+    """The folder a part was cut from: the one above its key=value folders, or that of `part-0001.csv`; else empty."""
+    if extension_of(name) not in (*DELIMITERS, *JSON_LINES, ".parquet"):
+        return ""
+    folder, _, last = name.rpartition("/")
+    above = re.sub(r"(/[^/=]+=[^/]*)+$", "", folder)
+    numbered = re.match(r"part[-_.]?\d", last) and not last.endswith(".parquet")
+    return above if above != folder or numbered else ""
 
 
 def best(looked: Iterable[Head], fits: Callable[[Head], int]) -> Head | None:

@@ -41,6 +41,8 @@ def resolve(name: str, dtype: str = "float32", quantisation: str = "none", max_p
     A folder counts by its base name and content, never by its path, so a moved folder is the same model. A hub id
     counts by commit: a branch or tag is looked up at the hub, or in its local cache when there is no network.
     """
+    if dtype == "auto":  # by the model and not by the machine: it is in every key
+        dtype = "float32" if name in EMBEDDED else "bfloat16"
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} of model {name} is unknown; {nearest(dtype, DTYPES)}")
     if quantisation not in QUANTISATIONS:

@@ -19,9 +19,22 @@ from mllmsrec_core.ask import Ask, digest
 from mllmsrec_core.errors import OutOfTime
 from mllmsrec_core.stage import Inputs, Stage, conform
 from storage.store import Store
-from tasks.carry import HASHES, STALE, Carried, carry_over, count_asks, hashed, joined, left_standing, names, read_last
+from tasks.carry import (
+    HASHES,
+    STALE,
+    Carried,
+    Last,
+    carry_over,
+    count_asks,
+    hashed,
+    joined,
+    left_standing,
+    names,
+    read_last,
+)
 from tasks.engines import Engine
 from tasks.runner import Counts, How, Unit, run_rows
+from tasks.spent import engine_figures
 
 MIN_ASKS_FOR_RATE = 20  # fewer measure the start-up, not the engine
 
@@ -54,7 +67,7 @@ def run_stage(
     `last` is the record the environment shows, from which rows are carried over. A record is kept for reuse only when
     every row was reached and no passing failure stands in it, so that the next run tries those rows again.
     """
-    started = time.monotonic()
+    started = time.monotonic() - (how.elsewhere.seconds if how.elsewhere else 0.0)
     rows = stage.rows(inputs)
     if how.keep_rows:
         rows = how.keep_rows(rows)
@@ -67,6 +80,7 @@ def run_stage(
         "parts_of_fingerprint": parts,
         "counts": counts.__dict__,
         "coverage": coverage(counts),
+        "engine": engine_figures(counts),
         "seconds": round(time.monotonic() - started, 3),
         "version": mllmsrec_core.__version__,
     }
@@ -81,6 +95,7 @@ def run_stage(
         "carried": _publish_carried(store, stage, made, about),
         "counts": counts.__dict__,
         "coverage": coverage(counts),
+        "engine": about["engine"],
         "seconds": round(time.monotonic() - started, 3),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -129,14 +144,16 @@ def _ask_all(
     record: Mapping[str, Any] | None,
 ) -> Made:
     """Carry over what is unchanged, ask the rest, leave standing what was not reached."""
-    rows = hashed(rows.with_row_index("__row"), without="__row")
-    last = read_last(store, stage, parts, record)
-    if last and not set(done_schema(stage)) <= set(last.done.columns):
-        last = None  # published by a version with other columns
-    kept = split(store, stage, rows, last, how.retry)
+    rows, last, kept = unfinished(store, stage, rows, parts, how, record)
+    if how.elsewhere:
+        store.replies.refresh()
     counts = Counts(rows=len(rows), done=len(kept.units), carried=len(kept.units), known=count_asks(kept.units))
-    units, counts = run_rows(stage, inputs, kept.rest.drop(*HASHES), store, engine_for, how, counts)
-    asked = kept.rest.select("__row", *stage.unit, *HASHES).join(_asks(units), on="__row", maintain_order="left")
+    finished = Finished(stage)
+    _, counts = run_rows(stage, inputs, kept.rest.drop(*HASHES), store, engine_for, how, counts, finished.take)
+    counts = how.elsewhere.added(counts) if how.elsewhere else counts
+    asked = kept.rest.select("__row", *stage.unit, *HASHES).join(
+        pl.concat(finished.asks), on="__row", maintain_order="left"
+    )
     missed = kept.rest.join(asked.select("__row"), on="__row", how="anti", maintain_order="left")
     stale = left_standing(stage, missed, last, datetime.now(UTC)) if counts.unreached else None
     if stale is not None and counts.unreached == counts.rows and last is None:
@@ -144,17 +161,51 @@ def _ask_all(
             f"{stage.name}: the time was over before its first row, and nothing was published of it before. "
             "Everything answered is kept; repeat the command with a larger --budget-minutes."
         )
-    parts_done = [kept.done, _finished(stage, units, asked)] + ([stale.done] if stale else [])
+    parts_done = [kept.done, finished.rows(asked)] + ([stale.done] if stale else [])
     parts_units = [kept.units, asked] + ([stale.units] if stale else [])
     done = pl.concat([_shaped(stage, part, asked) for part in parts_done]).sort("__row", maintain_order=True)
     columns = ["__row", *stage.unit, *HASHES, "asks"]
     return Made(done, pl.concat([part.select(columns) for part in parts_units]).sort("__row"), counts)
 
 
+def unfinished(
+    store: Store, stage: Stage, rows: pl.DataFrame, parts: Mapping[str, Any], how: How, record: Mapping[str, Any] | None
+) -> tuple[pl.DataFrame, Last | None, Carried]:
+    """`rows` numbered and hashed, what was published of them last, and what of them is carried over or left to ask."""
+    rows = hashed(rows.with_row_index("__row"), without="__row")
+    last = read_last(store, stage, parts, record)
+    if last and not set(done_schema(stage)) <= set(last.done.columns):
+        last = None  # published by a version with other columns
+    return rows, last, split(store, stage, rows, last, how.retry)
+
+
 def split(store: Store, stage: Stage, rows: pl.DataFrame, last: Any, retry: frozenset[str]) -> Carried:
     """What of hashed `rows` is carried over: nothing in a retry, or where the stage names no unit of work."""
     able = bool(stage.unit) and not retry
     return carry_over(stage, rows, last if able else None, store.corrections.keys(stage.name) if able else ())
+
+
+class Finished:
+    """Finished units as columns, lot by lot; as Python objects a row takes some four times the memory."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.done, self.asks = stage, [_rows(stage, [])], [_asks([])]
+
+    def take(self, units: list[Unit]) -> None:
+        """Add the rows of these units, and the keys of their Asks."""
+        self.done.append(_rows(self.stage, units))
+        self.asks.append(_asks(units))
+
+    def rows(self, asked: pl.DataFrame) -> pl.DataFrame:
+        """Every finished row, a unit's in their order, with the unit's columns they lack from `asked`."""
+        done = pl.concat(self.done)
+        lacking = [name for name in self.stage.unit if name not in done.columns]
+        return done.join(asked.select("__row", *lacking), on="__row", maintain_order="left") if lacking else done
+
+
+def _rows(stage: Stage, units: list[Unit]) -> pl.DataFrame:
+    rows = [{**row, "__row": unit.number} for unit in units for row in unit.rows]
+    return pl.DataFrame(rows, schema={"__row": pl.UInt32, **done_schema(stage)}, orient="row")
 
 
 def _asks(units: list[Unit]) -> pl.DataFrame:
@@ -165,14 +216,6 @@ def _asks(units: list[Unit]) -> pl.DataFrame:
 def _kept(unit: Unit) -> list[bytes]:
     """The keys of finished rows: those that kept an older answer did not ask it again."""
     return [row["ask"] for row in unit.rows if row.get("ask")]
-
-
-def _finished(stage: Stage, units: list[Unit], asked: pl.DataFrame) -> pl.DataFrame:
-    """The finished rows of these units with the unit's columns they lack."""
-    rows = [{**row, "__row": unit.number} for unit in units for row in unit.rows]
-    done = pl.DataFrame(rows, schema={"__row": pl.UInt32, **done_schema(stage)}, orient="row")
-    lacking = [name for name in stage.unit if name not in done.columns]
-    return done.join(asked.select("__row", *lacking), on="__row", maintain_order="left") if lacking else done
 
 
 def _shaped(stage: Stage, done: pl.DataFrame, asked: pl.DataFrame) -> pl.DataFrame:

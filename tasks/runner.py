@@ -22,11 +22,13 @@ from mllmsrec_core.stage import Chain, Inputs, Row, Stage
 from storage.presence import Presence, present
 from storage.store import Store
 from tasks.engines import Engine
+from tasks.spent import Meter
 
 MIN_ROWS_FOR_ERROR_RATE = 50  # fewer say little about a share; the end of the stage checks in any case
 
 SECONDS_ALONE = 1.0  # between two looks for other runs on the stage: one listing of a small folder
 SECONDS_TOGETHER = 0.25  # between two looks at each other's answers while several runs share a stage
+LOT = 2_000  # finished units handed over at once: some milliseconds, in which nothing else goes on
 ROWS_PER_BREATH = 50  # known rows between two looks at signals, progress and engines: some milliseconds
 
 
@@ -44,7 +46,39 @@ class Counts:
     passing: int = 0  # asked in vain for now: the next run asks them again
     tokens_in: int = 0
     tokens_out: int = 0
+    asked_by_shards: int = 0  # of the asked
+    images: int = 0  # in the questions asked
+    read_tokens: int = 0  # of prompts, by engines that say how many of them they did not compute
+    reused_tokens: int = 0  # of the read: not computed, their beginning had been
+    compared_tokens: int = 0  # of the first prompts, by rule of thumb
+    shared_tokens: int = 0  # of the compared: repeat how the prompt asked before began
+    asking_seconds: float = 0.0  # from the first question to the last answer
     errors: dict[str, int] = field(default_factory=dict)
+
+
+# Counts of what was asked that add up, whoever asked.
+SPENT = ("tokens_in", "tokens_out", "images", "read_tokens", "reused_tokens", "compared_tokens", "shared_tokens")
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What other processes, the stage's shards, have asked of its rows just before."""
+
+    counts: Counts
+    seconds: float  # from the first shard's start to the last one's end
+    shards: int  # that returned
+
+    def added(self, counts: Counts) -> Counts:
+        """`counts` of the stage with what its shards asked: that was found known, and was asked for this run."""
+        answered = self.counts.asked - self.counts.passing  # a passing failure is never found known
+        return replace(
+            counts,
+            known=max(0, counts.known - answered),
+            asked=counts.asked + self.counts.asked,
+            asked_by_shards=self.counts.asked,
+            asking_seconds=counts.asking_seconds + (self.seconds if self.counts.asked else 0.0),
+            **{name: getattr(counts, name) + getattr(self.counts, name) for name in SPENT},
+        )
 
 
 @dataclass(frozen=True)
@@ -58,9 +92,11 @@ class How:
     deadline: float | None = None  # seconds since the epoch after which no further row is started
     most_asks: int | None = None  # start no further row once this many were asked
     rank: Callable[[pl.DataFrame], pl.DataFrame] | None = None  # the order in which rows go, instead of the stage's own
+    part: str = ""  # names the part of the stage's rows this pass is about: other parts are no rivals
+    elsewhere: Elsewhere | None = None  # what shards asked: it is published even when the time is over
 
 
-@dataclass
+@dataclass(slots=True)
 class Unit:
     """One row's chain under way: the keys of its Asks so far, and its finished rows at the end."""
 
@@ -71,13 +107,16 @@ class Unit:
     rows: list[Row] = field(default_factory=list)
 
 
+Take = Callable[[list[Unit]], None]
+
+
 class Oracle:
     """Answers Asks: from the store where it can, once per key where several rows ask the same."""
 
     def __init__(self, store: Store, engine_for: Callable[[Ask], Engine], how: How, counts: Counts) -> None:
         self.store, self.engine_for, self.how, self.counts = store, engine_for, how, counts
         self._in_flight: dict[bytes, asyncio.Future[Reply]] = {}
-        self._asked: set[bytes] = set()  # a retry asks once, not once per row
+        self._asked: set[bytes] = set()  # a retry asks once, not once per row; empty in other runs
 
     def known(self, ask: Ask, name: bytes) -> Reply | None:
         retry = self.how.retry if name not in self._asked else frozenset[str]()
@@ -100,7 +139,8 @@ class Oracle:
             return reply
         future = self._in_flight[name] = asyncio.get_running_loop().create_future()
         try:
-            self._asked.add(name)
+            if self.how.retry:
+                self._asked.add(name)
             reply = self.store.replies.add(ask, name, await self._ask(ask))
             future.set_result(reply)
         except BaseException as error:
@@ -150,14 +190,18 @@ def _name(unit: Unit, ask: Ask, store: Store) -> bytes:
 class Run:
     """One pass of one stage over its rows."""
 
-    def __init__(self, stage: Stage, inputs: Inputs, oracle: Oracle, how: How, counts: Counts) -> None:
+    def __init__(
+        self, stage: Stage, inputs: Inputs, oracle: Oracle, how: How, counts: Counts, take: Take | None
+    ) -> None:
         self.stage, self.inputs, self.oracle, self.how, self.counts = stage, inputs, oracle, how, counts
+        self.take = take
         self.limit: float = getattr(inputs.params[stage.name], "max_error_rate", 1.0)
         self.finished: dict[int, Unit] = {}
         self.together = False  # whether other runs are at work on the stage
 
     async def all(self, rows: pl.DataFrame, presence: Presence) -> list[Unit]:
-        """Every row that was reached, in the order of `rows`; longest chains start first where the stage says so."""
+        """Every row that was reached and not taken, in the order of `rows`; longest chains start first where the stage
+        says so."""
         place, runs = presence.place()
         self.together = runs > 1
         try:
@@ -171,6 +215,7 @@ class Run:
         finally:
             self.oracle.store.replies.flush()
         self._check_error_rate(at_end=True)
+        self._hand_over()
         return [self.finished[number] for number in sorted(self.finished)]
 
     def over(self) -> bool:
@@ -183,7 +228,7 @@ class Run:
         """Finish what is known, and start what is not as the window has room."""
         window = asyncio.Semaphore(self._window(len(rows)))
         for count, row in enumerate(rows.iter_rows(named=True), 1):
-            if self.over():
+            if self.over() and not self.how.elsewhere:
                 return
             assert self.stage.ask is not None
             number = row.pop("__row")
@@ -234,12 +279,20 @@ class Run:
     def _finish(self, unit: Unit) -> None:
         self.finished[unit.number] = unit
         self.counts.done += 1
+        if len(self.finished) >= LOT:
+            self._hand_over()
         failed = [row["error"] for row in unit.rows if row.get("error")]
         self.counts.failed += bool(failed)
         for error in failed:
             self.counts.errors[error] = self.counts.errors.get(error, 0) + 1
         if failed:
             self._check_error_rate()
+
+    def _hand_over(self) -> None:
+        """Let whoever takes finished units have them, and keep them no longer."""
+        if self.take and self.finished:
+            self.take(list(self.finished.values()))
+            self.finished.clear()
 
     def _check_error_rate(self, at_end: bool = False) -> None:
         counts = self.counts
@@ -290,17 +343,24 @@ def run_rows(
     engine_for: Callable[[Ask], Engine],
     how: How,
     counts: Counts | None = None,
+    take: Take | None = None,
 ) -> tuple[list[Unit], Counts]:
     """The units of a stage that asks, as far as `how` lets it go. Interrupted by Ctrl-C or SIGTERM, everything answered
     is flushed first.
 
     `rows` may hold a column `__row`, its place in a larger frame. `counts` go on from what was carried over.
+    With `take` no unit is returned: it is given them as they finish, in lots and in no order, so that a large stage need
+    not hold all of them.
     """
     counts = counts or Counts(rows=len(rows))
     rows = rows if "__row" in rows.columns else rows.with_row_index("__row")
-    run = Run(stage, inputs, Oracle(store, engine_for, how, counts), how, counts)
-    with present(store.files, stage.name) as presence:
-        finished = ENGINE_LOOP.run(run.all(rows, presence))
+    meter = Meter(engine_for)
+    run = Run(stage, inputs, Oracle(store, meter, how, counts), how, counts, take)
+    with present(store.files, stage.name + how.part) as presence:
+        try:
+            finished = ENGINE_LOOP.run(run.all(rows, presence))
+        finally:
+            meter.note(counts)
     counts.unreached = counts.rows - counts.done
     if how.progress:
         how.progress(stage.name, counts)

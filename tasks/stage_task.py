@@ -118,7 +118,7 @@ def parts(
     goes_on = stage.continues is not None and stage.continues(inputs)
     return {
         "stage": stage.name,
-        "params": {name: work.params[name].model_dump(mode="json") for name in (stage.name, *stage.needs)},
+        "params": _params(work, stage),
         "model": asdict(inputs.model) if inputs.model else None,
         "inputs": dict(digests),
         "before": {table: p["digest"] for table, p in own["tables"].items()} if own else {} if goes_on else None,
@@ -128,6 +128,15 @@ def parts(
         "forgotten": None if stage.reads else work.store.forgotten.digest(),
         "code": code_digest(),
     }
+
+
+def _params(work: Work, stage: Stage) -> dict[str, Any]:
+    """The stage's own parameters and those it needs of others, by stage."""
+    needed: dict[str, Any] = {}
+    for need in (stage.name, *stage.needs):
+        name, _, alone = need.partition(".")
+        needed[name] = work.params[name].model_dump(mode="json", include={alone} if alone else None)
+    return needed
 
 
 @cache

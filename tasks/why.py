@@ -114,6 +114,8 @@ class Chains:
             facts.append(f"why: {image['reason']}: {image['detail'] or 'no detail'}")
             return Link(f"picture: {image['status']}", tuple(facts), _keys(image))
         size = f", {image['width']} x {image['height']} pixels" if image["width"] else ""
+        if (original := image.get("original_sha256")) and original != image["sha256"]:
+            facts.append(f"scaled down from: {original}")
         return Link(f"picture {image['sha256']}{size}", tuple(facts), _keys(image))
 
     def caption(self, sha256: str) -> Link:
@@ -336,6 +338,7 @@ def _to(ask: dict[str, Any]) -> str:
         parts += [model["quantisation"]] if model["quantisation"] != "none" else []
         parts += [f"adapter {model['adapter'][:SHORT]}"] if model["adapter"] else []
         parts += [f"pictures up to {model['max_pixels']:,} pixels"] if model["max_pixels"] else []
+    parts += [f"at most {ask['max_pixels']:,} pixels"] if ask.get("max_pixels") else []
     if decoding := ask.get("decoding"):
         drawn = "greedy" if not decoding["temperature"] else f"temperature {decoding['temperature']}"
         parts += [f"at most {decoding['max_tokens']} tokens", drawn]

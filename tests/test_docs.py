@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 COMMANDS = typer.main.get_group(app).commands
-NOT_OURS = {".git", ".venv", ".venv-vllm", ".prefect", "__pycache__", "store", "demo-store"}
+NOT_OURS = {".git", ".venv", ".venv-vllm", ".prefect", "__pycache__", "store", "demo-store", "test-output"}
 # `mllmsrec run --stage score`: the command and the rest of what is quoted or stands on the line
 CALL = re.compile(r"mllmsrec ([a-z]+)\b([^\n`\"'<|]*)")
 

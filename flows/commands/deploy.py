@@ -36,6 +36,13 @@ def deploy(
     order: Annotated[
         Literal["given", "active"], typer.Option(help="active: the most active users and most used items first")
     ] = "given",
+    notify: Annotated[
+        str | None,
+        typer.Option(help="tell failures, and metrics below settings.min_metrics, to this Prefect block: TYPE/NAME"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="stages that may hold a GPU at once, on all workers; 1 if never said")
+    ] = None,
     sets: Sets = [],
     store: StoreUrl = None,
     env: Env = None,
@@ -50,7 +57,7 @@ def deploy(
     with failures_as_exit_codes(as_json):
         config = configure(profiles, sets, store, env, engine)
         options = Options(budget_minutes=budget_minutes, order=order)
-        names = install(deployments(config, options, cron=cron, pool=pool))
+        names = install(deployments(config, options, cron=cron, pool=pool), notify, gpus)
         for name in names:
             if as_json:
                 emit("deployed", name=name, pool=pool)

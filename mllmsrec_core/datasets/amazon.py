@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core import stage
 from mllmsrec_core.datasets import ITEMS, REJECTS, Catalogue, generic
@@ -44,13 +45,15 @@ SIZES = ("hi_res", "large", "thumb")  # of a picture, best first
 
 
 class Params(stage.Params):
-    version: Literal["auto"] | Version = "auto"  # auto: by the keys of the first reviews; Parquet and CSV are 2023
-    category: str | None = None  # which, where the folder holds several: "Video_Games"
-    reviews_file: str | None = None  # none: found by its name in the folder
-    meta_file: str | None = None
-    liked_from: float = 4.0  # ratings from here on are liked
-    disliked_to: float | None = None  # those above this and below liked_from become rejects; none: they stay, not liked
-    repeats: Literal["first", "all"] = "first"  # reviews of one item by one user: the earliest, or every one
+    version: Literal["auto", "2014", "2018", "2023"] = Field(
+        default="auto", description="auto: by the first reviews' keys"
+    )
+    category: str | None = Field(default=None, description="which, where the folder holds several: Video_Games")
+    reviews_file: str | None = Field(default=None, description="none: found by its name in the folder")
+    meta_file: str | None = Field(default=None, description="none: found by its name in the folder")
+    liked_from: float = Field(default=4.0, description="ratings from here on are liked")
+    disliked_to: float | None = Field(default=None, description="ratings above it, below liked_from, are rejects")
+    repeats: Literal["first", "all"] = Field(default="first", description="of one user's reviews of one item")
 
 
 def read(source: Source | None, params: Params) -> Catalogue:

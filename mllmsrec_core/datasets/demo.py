@@ -65,12 +65,12 @@ NOTHING: Preference = dict.fromkeys(ATTRIBUTES)
 
 
 class Params(stage.Params):
-    items: int = Field(600, ge=1, le=100_000)
-    users: int = Field(400, ge=1, le=100_000)
-    seed: int = 7
+    items: int = Field(600, ge=1, le=100_000, description="of the shop")
+    users: int = Field(400, ge=1, le=100_000, description="of the shop")
+    seed: int = Field(default=7, description="another one is another shop")
     # A history is so many whole blocks of 3 choices, and two more: 11 to 20 choices.
-    min_blocks: int = Field(3, ge=1)
-    max_blocks: int = Field(6, ge=1)
+    min_blocks: int = Field(3, ge=1, description="shortest history, in blocks of 3 choices")
+    max_blocks: int = Field(6, ge=1, description="longest history, in blocks of 3 choices")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core import stage
 from mllmsrec_core.datasets import INTERACTIONS, ITEMS, REJECTS, Catalogue
@@ -24,27 +25,31 @@ QUOTED = 80  # characters of a bad value shown in its reject
 
 
 class ItemColumns(stage.Params):
-    item_id: str = "item_id"
-    title: str | None = "title"
-    description: str | None = None
-    category: str | None = None
-    attributes: tuple[str, ...] = ()  # kept together as one JSON object
-    image: str | None = None  # a path below the root, an absolute URI, or a list of either (the first wins)
-    image_version: str | None = None
+    item_id: str = Field(default="item_id", description="column of items")
+    title: str | None = Field(default="title", description="column; none: there is none")
+    description: str | None = Field(default=None, description="column; none: there is none")
+    category: str | None = Field(default=None, description="column; none: there is none")
+    attributes: tuple[str, ...] = Field(default=(), description="columns, kept together as one JSON object")
+    image: str | None = Field(
+        default=None, description="column of paths below the root or URIs, or of lists (the first wins)"
+    )
+    image_version: str | None = Field(default=None, description="column that changes when the picture does")
 
 
 class InteractionColumns(stage.Params):
-    user_id: str = "user_id"
-    item_id: str = "item_id"
-    at: str | None = "at"  # none: rows are in order
-    rating: str | None = None
+    user_id: str = Field(default="user_id", description="column of interactions")
+    item_id: str = Field(default="item_id", description="column of interactions")
+    at: str | None = Field(default="at", description="column of times; none: rows are in order")
+    rating: str | None = Field(default=None, description="column; none: there is none")
 
 
 class Params(stage.Params):
-    items_file: str = "items.csv"
-    interactions_file: str = "interactions.csv"
-    at_unit: Unit = "s"
-    liked_from: float | None = None  # ratings from here on are liked; none: every interaction is
+    items_file: str = Field(default="items.csv", description="below the root")
+    interactions_file: str = Field(default="interactions.csv", description="below the root")
+    at_unit: Unit = Field(default="s", description="what times count in")
+    liked_from: float | None = Field(
+        default=None, description="ratings from here on are liked; none: every interaction is"
+    )
     item_columns: ItemColumns = ItemColumns()
     interaction_columns: InteractionColumns = InteractionColumns()
 

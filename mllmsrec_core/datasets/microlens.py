@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core import stage
 from mllmsrec_core.datasets import INTERACTIONS, ITEMS, REJECTS, Catalogue, generic
@@ -30,10 +31,12 @@ TITLED = r'(?s)^\s*"?(?P<item_id>\d+)"?\s*[,\t](?P<title>.*)$'
 
 
 class Params(stage.Params):
-    pairs_file: str | None = None  # none: found by its name in the folder; with times where both forms lie there
-    titles_file: str | None = None
-    views_file: str | None = None  # likes and views; there may be none
-    covers: str | None = None  # the folder of <item>.jpg; there may be none
+    pairs_file: str | None = Field(
+        default=None, description="none: found by its name, with times where both forms lie there"
+    )
+    titles_file: str | None = Field(default=None, description="none: found by its name")
+    views_file: str | None = Field(default=None, description="likes and views; there may be none")
+    covers: str | None = Field(default=None, description="the folder of <item>.jpg; there may be none")
 
 
 def read(source: Source | None, params: Params) -> Catalogue:

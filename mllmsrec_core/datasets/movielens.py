@@ -7,6 +7,7 @@ without a poster is a state, not an error. Knows nothing of stages or prompts.
 from __future__ import annotations
 
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core import stage
 from mllmsrec_core.datasets import Catalogue, generic
@@ -18,10 +19,10 @@ MOVIES = generic.ItemColumns(item_id="movieId", title="title", category="genres"
 
 
 class Params(stage.Params):
-    ratings_file: str = "ratings.csv"
-    movies_file: str = "movies.csv"
-    posters: str = "posters"  # folder of <movieId>.jpg
-    liked_from: float = 4.0
+    ratings_file: str = Field(default="ratings.csv", description="below the root")
+    movies_file: str = Field(default="movies.csv", description="below the root")
+    posters: str = Field(default="posters", description="folder of <movieId>.jpg")
+    liked_from: float = Field(default=4.0, description="ratings from here on are liked")
 
 
 def read(source: Source | None, params: Params) -> Catalogue:

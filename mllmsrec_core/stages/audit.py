@@ -34,13 +34,13 @@ _EMPTY = frozenset(
 
 
 class Params(AskParams):
-    model: str = "embedded-clip"  # of another family than the captioner, so that they do not share their mistakes
-    null_images: int = Field(16, ge=1)
+    model: str = Field("embedded-clip", description="a CLIP of another family than the captioner: other mistakes")
+    null_images: int = Field(16, ge=1, description="other pictures that a claim is compared with")
     # With 16 others, at most two may fit better. Let a claim hold for one picture in eight and CLIP be perfect: then
     # 89 % of true claims pass and 7 % of false ones; at 0.9 it would be 73 % and 3 % (binomial, in the tests).
-    grounded_from: float = Field(0.85, gt=0, lt=1)
-    max_words: int = Field(45, ge=1)  # about 60 tokens; CLIP's context holds 77
-    seed: int = 0
+    grounded_from: float = Field(0.85, gt=0, lt=1, description="least share of them that the claim fits worse")
+    max_words: int = Field(45, ge=1, description="longest claim")  # about 60 tokens; CLIP's context holds 77
+    seed: int = Field(0, description="of the choice of other pictures")
 
 
 class Audit(dy.Schema):

@@ -18,10 +18,10 @@ PROMPT = "Describe the item in this picture: what it is, its colours, its patter
 
 
 class Params(AskParams):
-    model: str = ""
-    prompt: str = PROMPT
-    max_tokens: int = Field(200, ge=1)  # the first code base's limit
-    max_pixels: int = Field(1_000_000, ge=1)
+    model: str = Field("", description="empty: the model of all stages")
+    prompt: str = Field(PROMPT, description="what is asked of each picture")
+    max_tokens: int = Field(200, ge=1, description="longest caption, in tokens")  # the first code base's limit
+    max_pixels: int = Field(1_000_000, ge=1, description="larger pictures are scaled down to this")
 
 
 class Captions(dy.Schema):

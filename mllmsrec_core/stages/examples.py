@@ -25,20 +25,21 @@ Number = int | Literal["all"]  # of negatives
 
 
 class Params(Base):
-    split: Split = "leave-last"
-    valid_from: date | None = None  # global-time, sliding: first day of valid
-    test_from: date | None = None  # global-time: first day of test
-    shares: tuple[Share, Share, Share] = SHARES  # user: of the users in train, valid and test
-    windows: int = Field(4, ge=2)  # sliding: the first is valid, the others are test
-    window_days: int = Field(30, ge=1)
-    n_negatives: Annotated[int, Field(ge=1)] | Literal["all"] = 20  # valid and test; all: the whole catalogue
-    max_all: int = Field(1_000_000, ge=1)  # candidates, each a question of score, that "all" may come to
-    train_negatives: int = Field(1, ge=1)
-    train_per_user: int = Field(8, ge=0)
-    min_history: int = Field(3, ge=1)  # liked items before a train target: one block of the recurrent preference
-    negatives: Negatives = "uniform"
-    compat: Compat = "none"  # mllm_msr: labelled so, and drawn from items with interactions; ingest.compat must agree
-    seed: int = 0
+    split: Split = Field("leave-last", description="what is held out for valid and test")
+    valid_from: date | None = Field(None, description="global-time, sliding: first day of valid")
+    test_from: date | None = Field(None, description="global-time: first day of test")
+    shares: tuple[Share, Share, Share] = Field(SHARES, description="user: of the users in train, valid and test")
+    windows: int = Field(4, ge=2, description="sliding: the first is valid, the others are test")
+    window_days: int = Field(30, ge=1, description="sliding: length of a window")
+    n_negatives: Annotated[int, Field(ge=1)] | Literal["all"] = Field(20, description="or all, in valid and test")
+    max_all: int = Field(1_000_000, ge=1, description="candidates, each a question of score, that `all` may come to")
+    train_negatives: int = Field(1, ge=1, description="for each train target")
+    train_per_user: int = Field(8, ge=0, description="most train targets of a user")
+    min_history: int = Field(3, ge=1, description="liked items before a train target")  # a preference's first block
+    negatives: Negatives = Field("uniform", description="popularity: drawn as often as items are chosen")
+    among: Literal["catalogue", "touched"] = Field("catalogue", description="touched: negatives have interactions")
+    compat: Compat = Field("none", description="mllm_msr: labelled so; ingest.compat must agree")
+    seed: int = Field(0, description="of the draw of users and negatives")
 
     @model_validator(mode="after")
     def _what_the_split_reads_is_given(self) -> Params:
@@ -90,12 +91,13 @@ def with_step(examples: pl.DataFrame, preferences: pl.DataFrame) -> pl.DataFrame
 def candidate_set(params: Params, asked: Number, n_items: int) -> pl.Expr:
     """The candidate set in words; a list the catalogue cut short says how many it was meant to have."""
     protocol = f"{LABEL}/{params.split}" if params.compat == "mllm_msr" else params.split
+    touched = " touched" if params.among == "touched" else ""
     if asked == "all":
-        return pl.lit(f"{protocol}/all of {n_items}")
+        return pl.lit(f"{protocol}/all of {n_items}{touched}")
     size = pl.col("n_drawn").cast(pl.String) + pl.when(pl.col("n_drawn") < asked).then(
         pl.lit(f" of {asked}")
     ).otherwise(pl.lit(""))
-    return pl.format(f"{protocol}/1+{{}}/{params.negatives}", size)
+    return pl.format(f"{protocol}/1+{{}}/{params.negatives}{touched}", size)
 
 
 def catalogue(inputs: Inputs) -> pl.Series:
@@ -106,7 +108,9 @@ def catalogue(inputs: Inputs) -> pl.Series:
             f"ingest.compat = {ingest.compat} makes the histories and examples.compat = {compat} names them: set both, "
             "--set ingest.compat=mllm_msr --set examples.compat=mllm_msr, or neither"
         )
-    return inputs["items"]["item_id"] if compat == "none" else inputs["interactions"]["item_id"].unique().sort()
+    if compat == "none" and inputs.params["examples"].among == "catalogue":
+        return inputs["items"]["item_id"]
+    return inputs["interactions"]["item_id"].unique().sort()
 
 
 def affordable(params: Params, n_targets: int, n_items: int) -> None:

@@ -1,5 +1,9 @@
 """images: the bytes behind every picture's URI, fetched once per version and named by their sha256.
 
+A picture with more pixels than any stage shows to a model is kept as one smaller copy, made when it comes, so that it is
+not read, decoded and scaled in full at every use; the table keeps the original's sha256 too. The audit's CLIP reads a few
+hundred pixels a side and is content with the same copy.
+
 An item without a picture, and a picture that cannot be had or read, are states that later stages have words for. Only
 passing trouble (a timeout, a 5xx) and unknown failures count as errors of the run, and where a host gave no picture at
 all, not even they end it while other hosts work. Knows nothing of how pictures are fetched.
@@ -16,12 +20,14 @@ from mllmsrec_core.errors import TooManyErrors
 from mllmsrec_core.stage import AskParams, Chain, Inputs, Row, Stage
 
 STATUS = {"image_missing": "missing", "image_unreadable": "unreadable", "image_refused": "refused"}
+SHOWING = ("caption", "summary", "score")  # stages that show pictures to a model, each up to its `max_pixels`
 UNKNOWN = "unknown"  # the version of a picture nobody can list: fetched once and for ever
 
 
 class Params(AskParams):
-    max_error_rate: float = Field(1.0, ge=0, le=1)  # of all pictures, checked while they come; 1: never
-    max_host_error_rate: float = Field(0.1, ge=0, le=1)  # of those on hosts that answer, checked at the end
+    max_error_rate: float = Field(1.0, ge=0, le=1, description="of all pictures, checked while they come; 1: never")
+    max_host_error_rate: float = Field(0.1, ge=0, le=1, description="of those on hosts that answer, checked at the end")
+    normalise: bool = Field(True, description="pictures larger than any stage asks for are kept scaled down")
 
 
 # What a URI is on: scheme and host or bucket (of its archive, if it lies in one), without credentials; else local files.
@@ -30,7 +36,8 @@ HOST = pl.col("uri").str.split("::").list.last().str.extract(r"^[A-Za-z][A-Za-z0
 
 class Images(dy.Schema):
     item_id = dy.String(primary_key=True)
-    sha256 = dy.String(nullable=True)
+    sha256 = dy.String(nullable=True)  # of the picture as kept, which width and height are about
+    original_sha256 = dy.String(nullable=True)  # of the bytes at its URI; the same for one that was small enough
     width = dy.Int32(nullable=True, min=1)
     height = dy.Int32(nullable=True, min=1)
     status = dy.Enum(["ok", "missing", "unreadable", "refused"])
@@ -45,6 +52,7 @@ DONE = {
     "uri": pl.String,
     "given": pl.String,
     "sha256": pl.String,
+    "original_sha256": pl.String,
     "width": pl.Int32,
     "height": pl.Int32,
     "status": pl.String,
@@ -72,8 +80,15 @@ def outside(inputs: Inputs) -> str:
     return digest(rows(inputs).rows())
 
 
+def most_pixels(inputs: Inputs) -> int | None:
+    """The largest picture that any stage shows to a model; None where pictures are kept as they are."""
+    if not inputs.params["images"].normalise:
+        return None
+    return max(inputs.params[stage].max_pixels for stage in SHOWING)
+
+
 def ask(inputs: Inputs, row: Row) -> Chain:
-    question = Fetch(row["uri"], row["version"])
+    question = Fetch(row["uri"], row["version"], most_pixels(inputs))
     reply = yield question
     found = reply.value or {}
     lasting = reply.error in STATUS
@@ -82,6 +97,7 @@ def ask(inputs: Inputs, row: Row) -> Chain:
             "uri": row["uri"],
             "given": row["given"],
             "sha256": found.get("sha256"),
+            "original_sha256": found.get("original_sha256", found.get("sha256")),
             "width": found.get("width"),
             "height": found.get("height"),
             "status": "ok" if found else STATUS.get(reply.error or "", "missing"),
@@ -125,6 +141,7 @@ STAGE = Stage(
     ask=ask,
     tables=tables,
     done=DONE,
+    needs=tuple(f"{stage}.max_pixels" for stage in SHOWING),
     outside=outside,
     unit=("uri", "given"),
 )

@@ -44,18 +44,18 @@ Least = Annotated[int, Field(ge=0)]
 
 
 class Params(stage.Params):
-    dataset: Literal["demo", "movielens", "generic", "amazon", "microlens"] = "demo"
-    path: str = ""  # the dataset's root: a folder or any fsspec URL; demo has none
-    mode: Literal["snapshot", "append"] = "snapshot"  # append: rows that an export no longer holds stay
+    dataset: Literal["demo", "movielens", "generic", "amazon", "microlens"] = Field("demo", description="its layout")
+    path: str = Field("", description="the dataset's root: a folder or any fsspec URL; demo has none")
+    mode: Literal["snapshot", "append"] = Field("snapshot", description="append: rows that an export lacks now, stay")
     demo: Demo = Demo.model_validate({})
     movielens: Movielens = Movielens()
     generic: Generic = Generic()
     amazon: Amazon = Amazon()
     microlens: Microlens = Microlens()
-    repeats: Literal["all", "first", "last"] = "all"  # of a user's interactions with one item, in the order of `seq`
-    min_history: int = Field(default=0, ge=0)  # users with fewer interactions wait; 0 keeps everyone
-    k_core: tuple[Least, Least] = (0, 0)  # interactions a user, and an item, must have among those that stay; 0, 1: off
-    compat: Compat = "none"  # mllm_msr: of each user the most popular items alone, as that code base has it
+    repeats: Literal["all", "first", "last"] = Field("all", description="of a user's interactions with an item")
+    min_history: int = Field(default=0, ge=0, description="users with fewer interactions wait; 0 keeps everyone")
+    k_core: tuple[Least, Least] = Field((0, 0), description="least interactions of a user, and of an item; 0: off")
+    compat: Compat = Field("none", description="mllm_msr: of each user the most popular items alone")
 
     def rules(self) -> list[histories.Rule]:
         """What holds interactions back, in the order in which it is judged."""

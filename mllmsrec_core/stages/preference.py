@@ -33,19 +33,19 @@ NOTHING_KNOWN = "nothing yet"
 
 
 class Params(AskParams):
-    model: str = ""
-    mode: Literal["recurrent", "window", "direct", "none"] = "recurrent"
-    block: int = Field(3, ge=1)  # MLLM-MSR's best block size
-    window: int = Field(5, ge=1)
-    step: int = Field(3, ge=1)
+    model: str = Field("", description="empty: the model of all stages")
+    mode: Literal["recurrent", "window", "direct", "none"] = Field("recurrent", description="how a history is read")
+    block: int = Field(3, ge=1, description="recurrent: items a step adds; 3 is MLLM-MSR's best")
+    window: int = Field(5, ge=1, description="window: items that a step reads")
+    step: int = Field(3, ge=1, description="window: items from one step to the next")
     # 0: no limit; else the oldest steps are dropped, `max_steps` at a time, and the recurrent preference begins afresh as
     # often: were it to remember what a later run drops, that run would change steps that are finished.
-    max_steps: int = Field(0, ge=0)
-    recurrent_prompt: Annotated[str, fields("previous", "items")] = RECURRENT
-    window_prompt: Annotated[str, fields("items")] = WINDOW
-    max_tokens: int = Field(200, ge=1)
+    max_steps: int = Field(0, ge=0, description="most steps of a user, the newest; 0: no limit")
+    recurrent_prompt: Annotated[str, fields("previous", "items")] = Field(RECURRENT, description="recurrent, direct")
+    window_prompt: Annotated[str, fields("items")] = Field(WINDOW, description="window")
+    max_tokens: int = Field(200, ge=1, description="longest preference, in tokens")
     # follow: a step is asked again when the text of an item it read has changed; as_first_read: it keeps what it read.
-    upstream: Literal["follow", "as_first_read"] = "follow"
+    upstream: Literal["follow", "as_first_read"] = Field("follow", description="what steps do as items' texts change")
 
 
 class Preferences(dy.Schema):

@@ -1,8 +1,7 @@
 """score: how much more likely "yes" is than "no" for each user and candidate, ranks, and metrics beside baselines.
 
 Both papers ask a tuned multimodal model whether the user would take the candidate and read p(yes) / (p(yes) + p(no))
-off the first token; the logit (yes - no) orders the same way and does not round. `prompt` is the one prompt object for
-training and scoring. A candidate that could not be scored keeps its row: null logit, error class, last rank.
+off the first token; the logit (yes - no) does not round. A candidate without an answer stays: null logit, last rank.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import dataframely as dy
 import polars as pl
+from pydantic import Field
 
 from mllmsrec_core import baselines, metrics
 from mllmsrec_core.ask import Choose, Message, Picture, key
@@ -28,15 +28,15 @@ YES_NO = (("yes", ("yes", "Yes", " yes", " Yes")), ("no", ("no", "No", " no", " 
 
 
 class Params(AskParams):
-    model: str = ""
-    prompt: Annotated[str, fields("user", "item")] = PROMPT
-    layout: Literal["user_first", "image_first"] = "user_first"
-    item: Literal["summary", "title"] = "summary"
-    picture: bool = True  # the candidate's picture stands in the prompt
-    profile: bool = True  # the deterministic user profile stands in the prompt
-    keep_last: int = 0  # this many raw titles, newest last, stand beside the preference
-    top_k: int = 10
-    max_pixels: int = 1_000_000
+    model: str = Field("", description="empty: the model of all stages")
+    prompt: Annotated[str, fields("user", "item")] = Field(PROMPT, description="the question, in training too")
+    layout: Literal["user_first", "image_first"] = Field("user_first", description="which part all prompts share")
+    item: Literal["summary", "title"] = Field("summary", description="what is said of the candidate")
+    picture: bool = Field(True, description="the candidate's picture stands in the prompt")
+    profile: bool = Field(True, description="the deterministic user profile stands in the prompt")
+    keep_last: int = Field(0, description="this many raw titles, newest last, stand beside the preference")
+    top_k: int = Field(10, description="recommendations a user gets")
+    max_pixels: int = Field(1_000_000, ge=1, description="larger pictures are scaled down to this")
 
 
 class Scores(dy.Schema):

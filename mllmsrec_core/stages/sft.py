@@ -29,19 +29,19 @@ VALID_TARGETS = 200
 
 
 class Params(AskParams):
-    model: str = ""  # by configuration the model of score
-    strategy: Literal["none", "lora", "qlora"] = "qlora"
-    rank: int = Field(32, ge=1)  # rank, alpha, lr and epochs: the embedded model's best measured recipe
-    alpha: int = Field(64, ge=1)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    lr: float = Field(1e-3, gt=0)
-    epochs: float = Field(2, gt=0)
-    batch_size: int = Field(16, ge=1)
-    accumulate: int = Field(1, ge=1)
-    warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
-    seed: int = 0
-    max_examples: int = Field(0, ge=0)  # 0: all; else that many, by hash
-    targets: str = TARGETS
+    model: str = Field("", description="empty: the model of all stages; it has to be that of score")
+    strategy: Literal["none", "lora", "qlora"] = Field("qlora", description="none: no fine-tuning")
+    rank: int = Field(32, ge=1, description="of the adapter")  # rank, alpha, lr, epochs: the embedded model's best
+    alpha: int = Field(64, ge=1, description="of the adapter: its weight is alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of the adapter, in training")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
+    epochs: float = Field(2, gt=0, description="times that each example is seen")
+    batch_size: int = Field(16, ge=1, description="examples a forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes a step")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
+    seed: int = Field(0, description="of the order of examples, and of the adapter's first weights")
+    max_examples: int = Field(0, ge=0, description="0: all; else that many, by hash")
+    targets: str = Field(TARGETS, description="the layers that are adapted, as a regular expression")
 
 
 class Adapters(dy.Schema):

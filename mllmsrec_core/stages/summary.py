@@ -27,13 +27,13 @@ FUSE = (
 
 
 class Params(AskParams):
-    model: str = ""
-    picture: Literal["caption", "vqa", "both"] = "caption"
-    text_prompt: Annotated[str, fields("facts")] = TEXT
-    questions: tuple[str, ...] = QUESTIONS
-    fuse_prompt: Annotated[str, fields("text", "picture")] = FUSE
-    max_tokens: int = Field(120, ge=1)  # the same bound for both sides: balanced lengths
-    max_pixels: int = Field(1_000_000, ge=1)
+    model: str = Field("", description="empty: the model of all stages")
+    picture: Literal["caption", "vqa", "both"] = Field("caption", description="what is told of the picture")
+    text_prompt: Annotated[str, fields("facts")] = Field(TEXT, description="for the text alone")
+    questions: tuple[str, ...] = Field(QUESTIONS, description="vqa, both: asked of each picture")
+    fuse_prompt: Annotated[str, fields("text", "picture")] = Field(FUSE, description="makes one of text and picture")
+    max_tokens: int = Field(120, ge=1, description="of text and picture alike, to balance their lengths")
+    max_pixels: int = Field(1_000_000, ge=1, description="larger pictures are scaled down to this")
 
 
 class ItemSummaries(dy.Schema):

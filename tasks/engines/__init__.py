@@ -24,3 +24,15 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Free the model's memory. Called once."""
         ...
+
+
+class Counting(Protocol):
+    """An engine that says what it has computed."""
+
+    def counters(self) -> dict[str, int]:
+        """Totals over the engine's life, which never shrink: `prompt_tokens` of the prompts it read, pictures counted;
+        `reused_tokens`, those of them that were not computed because their beginning had been; `images` shown.
+
+        A count the engine does not know is left out. May be called at any time, also after `close`.
+        """
+        ...

@@ -13,6 +13,7 @@ import os
 import random
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -184,10 +185,10 @@ class Pool:
                     best.in_flight += 1
                     return best
                 paused = [endpoint.resume_at - now for endpoint in self.endpoints if endpoint.resume_at > now]
-                try:
-                    await asyncio.wait_for(self._changed.wait(), min(paused, default=None))
-                except TimeoutError:
-                    pass
+                # Not `wait_for`: before Python 3.12 it waits in a task of its own, which may keep the lock when cancelled.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(paused, default=None)):
+                        await self._changed.wait()
 
     async def _leave(self, endpoint: Endpoint) -> None:
         endpoint.in_flight -= 1

@@ -21,7 +21,8 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from hashlib import sha256
+from typing import Any, Literal, TypeVar
 
 import httpx
 from fsspec.core import split_protocol
@@ -40,7 +41,7 @@ from mllmsrec_core.errors import (
 from storage.blobs import Blobs
 from storage.places import Places, parts, shown, within
 from storage.source import inside
-from tasks.engines.pictures import MAX_PIXELS, check
+from tasks.engines.pictures import MAX_PIXELS, check, reduced
 
 T = TypeVar("T")
 
@@ -88,6 +89,8 @@ class Host:
 class FetchEngine:
     """Answers Fetch: the bytes go to the blob store, the reply says their sha256, width and height.
 
+    A picture of more pixels than the Ask allows goes there as a smaller copy, whatever `keep` says, so that the answer is
+    the same; one within them goes byte for byte. `max_pixels` are the most that a picture may have to be read at all.
     `allow_roots`: the only folders and URLs (any fsspec file system) pictures are read below, from archives too.
     `allow_hosts`: `host` or `host:port` that may be fetched from although its address is not public. `keep`: bytes read
     below the roots are copied into the store or kept by reference; those of the web are always copied. `timeout`:
@@ -134,10 +137,9 @@ class FetchEngine:
         host = self.hosts[_host(uri)]
         async with host.turns:  # until the bytes are kept, so that few wait in memory for a decoder
             content = await self._content(uri, host)
-            width, height = await self._in(self.decoders, lambda: check(content, self.max_pixels, shown(uri)))
-            sha256 = await self._in(self.threads, lambda: self._keep(content, uri))
-        seconds = time.monotonic() - begin
-        return Reply({"sha256": sha256, "width": width, "height": height}, seconds=seconds, engine=self.name)
+            kept, about = await self._in(self.decoders, lambda: self._fitted(content, ask))
+            about["sha256"] = await self._in(self.threads, lambda: self._keep(kept, uri, changed=kept is not content))
+        return Reply(about, seconds=time.monotonic() - begin, engine=self.name)
 
     async def close(self) -> None:
         for client in self.clients.values():
@@ -186,8 +188,18 @@ class FetchEngine:
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
-    def _keep(self, content: bytes, uri: str) -> str:
-        if self.keep == "copy" or _is_web(uri) or uri.startswith("demo:"):
+    def _fitted(self, content: bytes, ask: Fetch) -> tuple[bytes, dict[str, Any]]:
+        """What is to be kept of a picture, and the answer about it but for its sha256."""
+        width, height = check(content, self.max_pixels, shown(ask.uri))
+        if ask.max_pixels is None:
+            return content, {"width": width, "height": height}
+        kept = content
+        if width * height > ask.max_pixels:
+            kept, (width, height) = reduced(content, ask.max_pixels)
+        return kept, {"width": width, "height": height, "original_sha256": sha256(content).hexdigest()}
+
+    def _keep(self, content: bytes, uri: str, changed: bool) -> str:
+        if self.keep == "copy" or changed or _is_web(uri) or uri.startswith("demo:"):
             return self.blobs.put(content)
         return self.blobs.refer(content, uri)
 

@@ -90,6 +90,8 @@ class OpenAIEngine:
         self._looking = {endpoint: asyncio.Lock() for endpoint in self._pool.endpoints}
         self._chats: dict[str, Any] = {}
         self._tokenizing = asyncio.Lock()
+        self._counters = {"prompt_tokens": 0, "reused_tokens": 0, "images": 0}
+        self._told = False  # whether any answer said how much of its prompt was cached
 
     async def answer(self, ask: Ask) -> Reply:
         """The model's text, or its raw log-probabilities at the first answer token."""
@@ -102,6 +104,14 @@ class OpenAIEngine:
         messages = await asyncio.to_thread(self._messages, ask)
         tokens = await self._first_tokens(ask) if isinstance(ask, Choose) else None
         return await self._pool.call(lambda endpoint: self._attempt(endpoint, ask, messages, tokens))
+
+    def counters(self) -> dict[str, int]:
+        """Totals over the engine's life: see `tasks.engines.Counting`.
+
+        What servers found in their prefix caches is left out until one says so; an answer that does not say it counts as
+        nothing found, since vLLM (with `--enable-prompt-tokens-details`) is silent about nothing.
+        """
+        return {name: n for name, n in self._counters.items() if name != "reused_tokens" or self._told}
 
     async def close(self) -> None:
         """Close every connection."""
@@ -120,7 +130,15 @@ class OpenAIEngine:
         except Refused as refused:
             raise self._failure(endpoint, served, ask, refused) from None
         reply = _text(endpoint, answer, ask) if isinstance(ask, Generate) else self._chosen(endpoint, answer, forms)
+        self._count(ask, answer)
         return replace(reply, engine=self.name, seconds=time.perf_counter() - started)
+
+    def _count(self, ask: Question, answer: Any) -> None:
+        cached = _cached(answer)
+        self._told = self._told or cached is not None
+        self._counters["prompt_tokens"] += _usage(answer)[0]
+        self._counters["reused_tokens"] += cached or 0
+        self._counters["images"] += _pictures(ask)
 
     def _how(self, ask: Question, served: _Served, forms: Mapping[str, Sequence[Form]]) -> dict[str, Any]:
         """The decoding part of a request."""
@@ -283,8 +301,8 @@ def data_url(content: bytes, max_pixels: int | None) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _pictures(ask: Question) -> bool:
-    return any(isinstance(part, Picture) for message in ask.messages for part in message.parts)
+def _pictures(ask: Question) -> int:
+    return sum(isinstance(part, Picture) for message in ask.messages for part in message.parts)
 
 
 def _as_text(ask: Choose) -> dict[str, list[Form]]:
@@ -343,6 +361,13 @@ def _first_logs(endpoint: Endpoint, answer: Any) -> dict[Form, float]:
 def _usage(answer: Any) -> tuple[int, int]:
     usage = answer.get("usage") or {}
     return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+
+
+def _cached(answer: Any) -> int | None:
+    """Tokens of the prompt that the server found in its cache; None where it does not say."""
+    details = (answer.get("usage") or {}).get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return int(cached) if isinstance(cached, int | float) else None
 
 
 def _listed(forms: Sequence[Form]) -> str:

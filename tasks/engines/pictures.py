@@ -34,6 +34,8 @@ LARGE = 5_000_000  # pixels; larger ones are decoded one at a time, so that memo
 STRIP = 1_000_000  # pixels converted at a time
 _large = Lock()
 ORIENTATION = 0x0112  # EXIF tag
+LOSSY = ("JPEG", "MPO", "AVIF")  # formats whose pixels are not exact to begin with; WebP comes in both kinds
+QUALITY = 95  # of a JPEG made of one: the most that Pillow's manual advises; more grows the file and changes little
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,6 +67,29 @@ def decode(content: bytes, max_pixels: int | None = None) -> Image.Image:
             size = image.size
         with _turn(size):
             return _decoded(content, max_pixels)
+
+
+def reduced(content: bytes, max_pixels: int) -> tuple[bytes, tuple[int, int]]:
+    """A copy of a picture at most `max_pixels` large, as `decode` sees it, with its width and height.
+
+    A JPEG (quality 95, colours at full resolution) of what is lossy already, else a PNG of the very pixels; no metadata.
+    Equal pictures give equal copies under one version of Pillow; another one's encoder may write other bytes, so what
+    was made once is to be kept. Raises ImageUnreadable or ImageRefused.
+    """
+    with _failing("the picture"):
+        image = decode(content, max_pixels)
+        image.info = {}  # places, comments and profiles would be written along
+        copy = BytesIO()
+        if _is_lossy(content):
+            image.save(copy, "JPEG", quality=QUALITY, subsampling="4:4:4")
+        else:
+            image.save(copy, "PNG", compress_level=1)  # a fifth of the time for a tenth more bytes
+        return copy.getvalue(), image.size
+
+
+def _is_lossy(content: bytes) -> bool:
+    with _opened(content, MAX_PIXELS, "the picture") as image:
+        return image.format in LOSSY or (image.format == "WEBP" and b"VP8L" not in content)
 
 
 def _measured(content: bytes, max_pixels: int, name: str) -> tuple[int, int]:

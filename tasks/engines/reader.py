@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from mllmsrec_core.prefixes import Segment, levels
+from mllmsrec_core.prefixes import Segment, common, levels
 
-LEAST_SAVED = (
-    8  # tokens for which one more pass is worth it: the demo's scoring loses 1 % by it, and saves 46 of 124 passes
-)
+PASS = 16  # tokens as which a pass counts beside those it computes; 4 to 96 make no difference on one CPU thread
+LEAST_SAVED = tuple(PASS * n for n in (1, 4, 16))  # of ways to share from deep to shallow; the cheapest is taken
 ATTENTION = ("sdpa", "eager")  # those that take a mask with holes
 # Half the summed difference of two next-word distributions: rounding in float32, and in 16 bits.
 CLOSE = {torch.float32: 1e-4}
@@ -29,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class Reader:
-    """One network. `tokens` counts what it has computed so far, prompts and answers, without padding.
+    """One network. `tokens` counts what it has computed so far, prompts and answers, without padding; `reused` those of
+    prompts that it did not compute, because they were computed for another prompt of the batch.
 
     `picture_token` is the id that stands for a piece of a picture in a prompt, None for a model without eyes.
     Tensors are left-padded and as a processor makes them, on the network's device.
@@ -37,33 +37,58 @@ class Reader:
 
     def __init__(self, network: Any, picture_token: int | None, name: str, share: bool = True) -> None:
         self.network, self.picture_token, self.name, self.share = network, picture_token, name, share
-        self.tokens = 0
+        self.tokens = self.reused = 0
         self._takes = set(inspect.signature(network.forward).parameters)
         self._plain = not self._hands_on()
-        self._tried: set[bool] = set()  # without and with pictures: whether a first batch was compared
+        self._tried: set[tuple[bool, bool]] = set()  # with pictures, shared: of what a first batch was compared
 
-    def next_words(self, tensors: Tensors, marks: Sequence[tuple[int, ...]] | None) -> torch.Tensor:
+    def next_words(
+        self, tensors: Tensors, marks: Sequence[tuple[int, ...]] | None, shown: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Logits behind each prompt, float32, rows in order.
 
         `marks` are the prompts' tokens, with pieces of different pictures told apart; None where a prompt holds
-        several pictures, and then nothing is shared.
+        several pictures, and then nothing is shared. `shown` says which of the pictures in `tensors` each prompt
+        shows; None: each its own.
         """
-        if self._plain or not self.share or marks is None or not self._splits(tensors):
-            return self._generated(tensors)
-        logits = self._shared(tensors, marks)
-        return logits if self._agrees(tensors, logits) else self._generated(tensors)
+        shown = range(len(tensors["input_ids"])) if shown is None else shown
+        if self._plain or not self.share or marks is None or not self._splits(tensors, shown):
+            return self._generated(_whole(tensors, shown))
+        before = self.tokens
+        logits = self._shared(tensors, marks, shown)
+        saved = sum(map(len, marks)) - (self.tokens - before)
+        if not self._agrees(tensors, logits, shown, saved > 0):
+            return self._generated(_whole(tensors, shown))
+        self.reused += saved
+        return logits
 
-    def write(self, tensors: Tensors, most: int, stops: Sequence[int], draw: Draw | None) -> list[list[int]]:
+    def write(
+        self,
+        tensors: Tensors,
+        most: int,
+        stops: Sequence[int],
+        draw: Draw | None,
+        marks: Sequence[tuple[int, ...]] | None = None,
+    ) -> list[list[int]]:
         """Up to `most` token ids behind each prompt, the first of `stops` included; a finished row leaves the batch.
 
-        `draw(scores, rows)` replaces the scores of the prompts `rows`, the largest of which is taken.
+        `draw(scores, rows)` replaces the scores of the prompts `rows`, the largest of which is taken. With `marks`, as
+        of `next_words`, what all prompts begin with is read once.
         """
-        if self._plain or not self._splits(tensors):
+        own = range(len(tensors["input_ids"]))
+        if self._plain or not self._splits(tensors, own):
             return self._written(tensors, most, stops, draw)
-        mask, positions, cache = tensors["attention_mask"], self._positions(tensors), self._cache()
-        logits = self._step(tensors["input_ids"], mask, positions, cache, self._others(tensors))
-        if not self._agrees(tensors, logits):
+        positions, before = self._positions(tensors, own), self.tokens
+        stem = _stem(marks) if marks is not None and self.share else []
+        if marks is not None and stem:
+            *_, (logits, mask, cache) = self._read(tensors, marks, own, stem)
+        else:
+            mask, cache = tensors["attention_mask"], self._cache()
+            logits = self._step(tensors["input_ids"], mask, positions, cache, self._others(tensors))
+        saved = int(tensors["attention_mask"].sum()) - (self.tokens - before)
+        if not self._agrees(tensors, logits, own, saved > 0):
             return self._written(tensors, most, stops, draw)
+        self.reused += saved
         positions = positions[..., -1:]
         texts: list[list[int]] = [[] for _ in range(len(mask))]
         live = list(range(len(mask)))
@@ -86,19 +111,31 @@ class Reader:
 
     # --- beginnings ---------------------------------------------------------------------------------------------
 
-    def _shared(self, tensors: Tensors, marks: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        ids, positions = tensors["input_ids"], self._positions(tensors)
-        cache, mask = self._cache(), ids.new_zeros(1, 0)
+    def _shared(self, tensors: Tensors, marks: Sequence[tuple[int, ...]], shown: Sequence[int]) -> torch.Tensor:
         found: dict[int, torch.Tensor] = {}
-        for level in levels(marks, LEAST_SAVED):
-            parents = torch.tensor([segment.parent or 0 for segment in level], device=ids.device)
-            cache.batch_select_indices(parents)
-            here = _cut(tensors["attention_mask"], level, marks)
-            mask = torch.cat([mask[parents], here], dim=1)
-            others = self._others(tensors, level, marks)
-            logits = self._step(_cut(ids, level, marks), mask, _cut(positions, level, marks), cache, others)
+        planned = min((levels(marks, least) for least in LEAST_SAVED), key=_price)
+        for level, (logits, _, _) in zip(planned, self._read(tensors, marks, shown, planned), strict=True):
             found |= {row: logits[n] for n, segment in enumerate(level) for row in segment.ends}
         return torch.stack([found[row] for row in range(len(marks))])
+
+    def _read(
+        self,
+        tensors: Tensors,
+        marks: Sequence[tuple[int, ...]],
+        shown: Sequence[int],
+        planned: Sequence[Sequence[Segment]],
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
+        """Logits behind each segment, level by level, and the mask and state that the next level stands on."""
+        ids, positions = tensors["input_ids"], self._positions(tensors, shown)
+        cache, mask = self._cache(), ids.new_zeros(1, 0)
+        for level in planned:
+            parents = torch.tensor([segment.parent or 0 for segment in level], device=ids.device)
+            _stand(cache, parents)
+            here = _cut(tensors["attention_mask"], level, marks)
+            mask = torch.cat([mask[parents], here], dim=1)
+            others = self._others(tensors, level, marks, shown)
+            logits = self._step(_cut(ids, level, marks), mask, _cut(positions, level, marks), cache, others)
+            yield logits, mask, cache
 
     def _step(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, others: Tensors
@@ -117,7 +154,11 @@ class Reader:
         return made.logits[:, -1].float()
 
     def _others(
-        self, tensors: Tensors, level: Sequence[Segment] | None = None, marks: Sequence[tuple[int, ...]] = ()
+        self,
+        tensors: Tensors,
+        level: Sequence[Segment] | None = None,
+        marks: Sequence[tuple[int, ...]] = (),
+        shown: Sequence[int] = (),
     ) -> Tensors:
         """Whatever else the network takes: of whole prompts, or of the segments of a level."""
         ids = tensors["input_ids"]
@@ -126,17 +167,18 @@ class Reader:
         beside = {name: value for name, value in rest.items() if value.shape != ids.shape}
         if level is None:
             return along | beside
-        shown = _cut(ids, level, marks) == self.picture_token if beside else ids.new_zeros(0, 1)
-        rows = [level[n].row for n in shown.any(dim=1).nonzero().flatten().tolist()]
+        seen = _cut(ids, level, marks) == self.picture_token if beside else ids.new_zeros(0, 1)
+        rows = [shown[level[n].row] for n in seen.any(dim=1).nonzero().flatten().tolist()]
         return {name: _cut(value, level, marks) for name, value in along.items()} | (
-            _of(beside, rows, len(ids)) if rows else {}
+            _of(beside, rows, max(shown) + 1) if rows else {}
         )
 
-    def _positions(self, tensors: Tensors) -> torch.Tensor:
+    def _positions(self, tensors: Tensors, shown: Sequence[int]) -> torch.Tensor:
         """Where each token stands; models that place pieces of pictures in a plane have three numbers for it."""
         mask, inner = tensors["attention_mask"], getattr(self.network, "model", self.network)
         if "image_grid_thw" in tensors and hasattr(inner, "get_rope_index"):
             takes = inspect.signature(inner.get_rope_index).parameters
+            tensors = tensors | {"image_grid_thw": tensors["image_grid_thw"][list(shown)]}
             return inner.get_rope_index(**{name: value for name, value in tensors.items() if name in takes})[0]
         return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
@@ -155,26 +197,30 @@ class Reader:
         needed = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
         return whole and needed <= self._takes and self.network.config._attn_implementation in ATTENTION
 
-    def _splits(self, tensors: Tensors) -> bool:
+    def _splits(self, tensors: Tensors, shown: Sequence[int]) -> bool:
         """Whether it is known which part of each tensor belongs to which prompt."""
         ids = tensors["input_ids"]
         beside = {name: value for name, value in tensors.items() if value.shape != ids.shape}
         try:
-            _of(beside, [], len(ids))
+            _of(beside, [], max(shown) + 1)
         except ValueError:
             return False
         return not beside or self.picture_token is not None
 
-    def _agrees(self, tensors: Tensors, logits: torch.Tensor) -> bool:
-        """Whether `logits` are those of `generate` for the first and the last prompt of a first batch, as all later."""
+    def _agrees(self, tensors: Tensors, logits: torch.Tensor, shown: Sequence[int], shared: bool) -> bool:
+        """Whether `logits` are those of `generate` for the first and the last prompt of a first batch, as all later.
+
+        There is a first batch without and with pictures, and of each one in which something was `shared`.
+        """
         ids = tensors["input_ids"]
         along = {name: value for name, value in tensors.items() if value.shape == ids.shape}
-        pictures = len(along) < len(tensors)
-        if pictures not in self._tried:
-            self._tried.add(pictures)
+        how = len(along) < len(tensors), shared
+        if how not in self._tried:
+            self._tried |= {how, (how[0], False)}
             rows = sorted({0, len(logits) - 1})
             along = {name: value[rows] for name, value in along.items()}
-            beside = _of({name: value for name, value in tensors.items() if name not in along}, rows, len(ids))
+            beside = {name: value for name, value in tensors.items() if name not in along}
+            beside = _of(beside, [shown[row] for row in rows], max(shown) + 1)
             ours, theirs = logits[rows].softmax(dim=-1), self._generated(along | beside).softmax(dim=-1)
             apart = (ours - theirs).abs().sum(dim=-1).max().item() / 2
             self._plain = not apart <= CLOSE.get(self.network.dtype, CLOSE_IN_HALF)
@@ -217,8 +263,46 @@ def _cut(tensor: torch.Tensor, level: Sequence[Segment], marks: Sequence[tuple[i
     return cut
 
 
+def _stand(cache: Any, parents: torch.Tensor) -> None:
+    """Let the rows of the state become those of `parents`; a single one is not copied before it must be."""
+    if cache.get_seq_length() == 0:
+        return
+    if len(cache.layers[0].keys) > 1:
+        return cache.batch_select_indices(parents)
+    for layer in cache.layers:
+        layer.keys = layer.keys.expand(len(parents), -1, -1, -1)
+        layer.values = layer.values.expand(len(parents), -1, -1, -1)
+
+
+def _price(planned: Sequence[Sequence[Segment]]) -> int:
+    """Tokens computed, padding and passes among them."""
+    return sum(PASS + len(level) * max(segment.end - segment.start for segment in level) for level in planned)
+
+
+def _stem(marks: Sequence[tuple[int, ...]]) -> list[list[Segment]]:
+    """What all prompts begin with, then the rest of each; empty where that saves nothing. Nobody ends with the stem."""
+    low, high = min(marks), max(marks)
+    end = min(common(low, high), min(map(len, marks)) - 1)
+    while end > 0 and low[end - 1] == low[end] < 0:  # a picture stays in one piece
+        end -= 1
+    apart = [Segment(row, 0, len(words), None) for row, words in enumerate(marks)]
+    stem = [Segment(0, 0, end, None)]
+    rest = [Segment(row, end, len(words), 0, [row]) for row, words in enumerate(marks)]
+    return [stem, rest] if end > 0 and _price([stem, rest]) < _price([apart]) else []
+
+
+def _whole(tensors: Tensors, shown: Sequence[int]) -> Tensors:
+    """The same with a picture for each prompt again."""
+    ids = tensors["input_ids"]
+    if not len(shown) or list(shown) == list(range(len(ids))):
+        return tensors
+    along = {name: value for name, value in tensors.items() if value.shape == ids.shape}
+    beside = {name: value for name, value in tensors.items() if name not in along}
+    return along | _of(beside, list(shown), max(shown) + 1)
+
+
 def _of(pictures: Tensors, rows: Sequence[int], n: int) -> Tensors:
-    """The pictures of some of `n` prompts, each of which has one. Raises ValueError where that is not how they lie."""
+    """Some of `n` pictures, in any order. Raises ValueError where they do not lie one after another."""
     grid = pictures.get("image_grid_thw")
     pieces = grid.prod(dim=1).tolist() if grid is not None else []
     found: Tensors = {}
@@ -228,5 +312,5 @@ def _of(pictures: Tensors, rows: Sequence[int], n: int) -> Tensors:
         elif len(pieces) == n and len(value) == sum(pieces):
             found[name] = torch.cat([value[:0], *(value.split(pieces)[row] for row in rows)])
         else:
-            raise ValueError(f"{name} has {len(value)} rows, which are not the pictures of {n} prompts")
+            raise ValueError(f"{name} has {len(value)} rows, which are not {n} pictures")
     return found

@@ -13,10 +13,13 @@ import tempfile
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import exp
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from mllmsrec_core.ask import Ask, Choose, Generate, Model, Picture, Reply, kind
 from mllmsrec_core.ask import key as key_of
@@ -41,7 +44,8 @@ class TransformersEngine:
     end-of-turn token with the answer.
 
     Waiting Choose are batched by what they begin alike with, and each beginning is computed once per batch, unless
-    `share` is off. A Reply's tokens_in is the whole prompt in any case; `tokens_computed` is what was computed.
+    `share` is off; of Generate what the whole batch begins with. A picture is decoded once per batch. A Reply's
+    tokens_in is the whole prompt in any case; `tokens_computed` is what was computed.
     """
 
     answers: frozenset[type[Ask]] = frozenset({Generate, Choose})
@@ -59,6 +63,7 @@ class TransformersEngine:
         self.blobs, self.locations, self.device, self.name, self.share = blobs, locations, device, name, share
         self._loaded: dict[Model, _Loaded] = {}
         self._computed = 0  # by models that were freed
+        self._counters = {"prompt_tokens": 0, "reused_tokens": 0, "images": 0}
         self._batches = Batcher[Question](name, batch_size, _group, self._size, self._run)
 
     async def answer(self, ask: Ask) -> Reply:
@@ -71,6 +76,14 @@ class TransformersEngine:
     def tokens_computed(self) -> int:
         """Tokens of prompts and answers that went through a network since the engine was made, without padding."""
         return self._computed + sum(loaded.reader.tokens for loaded in self._loaded.values())
+
+    def counters(self) -> dict[str, int]:
+        """Totals over the engine's life, of the batches that are done: see `tasks.engines.Counting`.
+
+        A beginning is read once per batch. What a network's first batch reads twice, to compare, is not taken
+        off.
+        """
+        return dict(self._counters)
 
     async def close(self) -> None:
         """Free the models."""
@@ -102,20 +115,26 @@ class TransformersEngine:
         loaded = self._open(asks[0].model)
         outcomes: dict[int, Outcome] = {}
         prompts: dict[int, Prompt] = {}
+        decoded: dict[tuple[str, int | None], Image.Image] = {}  # neighbours show the same pictures
         for place, ask in enumerate(asks):
             try:
-                prompts[place] = loaded.chat.prompt(ask.messages, ask.model.max_pixels)
+                prompts[place] = loaded.chat.prompt(ask.messages, ask.model.max_pixels, decoded=decoded)
             except EngineError:
                 raise
             except MllmsrecError as error:
                 outcomes[place] = error
         places = list(prompts)
-        encoded = loaded.chat.encode(list(prompts.values()), loaded.room(asks[0]))
+        once = self.share and isinstance(asks[0], Choose)
+        encoded = loaded.chat.encode(list(prompts.values()), loaded.room(asks[0]), once=once)
         outcomes |= {places[place]: error for place, error in encoded.failed.items()}
         fitting = [places[place] for place in encoded.places]
         if fitting:
+            shown, reused = [prompts[p] for p in fitting], loaded.reader.reused
             with loaded.wearing(asks[0].model.adapter, self.blobs), torch.inference_mode():
-                answers = loaded.answer([asks[p] for p in fitting], [prompts[p] for p in fitting], encoded)
+                answers = loaded.answer([asks[p] for p in fitting], shown, encoded)
+            self._counters["prompt_tokens"] += int(encoded.tensors["attention_mask"].sum())
+            self._counters["reused_tokens"] += loaded.reader.reused - reused
+            self._counters["images"] += sum(len(prompt.pictures) for prompt in shown)
             outcomes |= dict(zip(fitting, answers, strict=True))
         seconds = (time.perf_counter() - started) / len(asks)
         return [self._signed(outcomes[place], seconds) for place in range(len(asks))]
@@ -188,20 +207,26 @@ class _Loaded:
     def answer(self, asks: Sequence[Question], prompts: Sequence[Prompt], encoded: Encoded) -> list[Outcome]:
         tensors = {name: self._moved(value) for name, value in encoded.tensors.items()}
         read = [int(count) for count in encoded.tensors["attention_mask"].sum(dim=1)]
+        marks = self._marks(asks, encoded, read)
         if isinstance(asks[0], Generate):
-            return self._generate([ask for ask in asks if isinstance(ask, Generate)], tensors, read)
-        chosen = [ask for ask in asks if isinstance(ask, Choose)]
-        logits = self.reader.next_words(tensors, self._marks(chosen, encoded))
-        return self._choose(chosen, prompts, logits, read)
+            return self._generate([ask for ask in asks if isinstance(ask, Generate)], tensors, read, marks)
+        logits = self.reader.next_words(tensors, marks, encoded.shown)
+        return self._choose([ask for ask in asks if isinstance(ask, Choose)], prompts, logits, read)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self.network.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(self.network.device, dtype)
 
-    def _generate(self, asks: list[Generate], tensors: dict[str, torch.Tensor], read: list[int]) -> list[Outcome]:
+    def _generate(
+        self,
+        asks: list[Generate],
+        tensors: dict[str, torch.Tensor],
+        read: list[int],
+        marks: list[tuple[int, ...]] | None,
+    ) -> list[Outcome]:
         how = asks[0].decoding
         draw = Draw(asks) if how.temperature > 0 else None
-        rows = self.reader.write(tensors, how.max_tokens, self.stops, draw)
+        rows = self.reader.write(tensors, how.max_tokens, self.stops, draw, marks)
         return [self._text(row, tokens) for row, tokens in zip(rows, read, strict=True)]
 
     def _text(self, row: list[int], tokens_in: int) -> Outcome:
@@ -210,27 +235,27 @@ class _Loaded:
             return EmptyReply(f"{self.chat.name} wrote nothing ({len(row)} tokens, none of them text)")
         return Reply(text, tokens_in=tokens_in, tokens_out=len(row))
 
-    def _marks(self, asks: Sequence[Choose], encoded: Encoded) -> list[tuple[int, ...]] | None:
+    def _marks(self, asks: Sequence[Question], encoded: Encoded, read: Sequence[int]) -> list[tuple[int, ...]] | None:
         """What tells the encoded prompts apart, token by token; None where a prompt has several pictures."""
         shown = [[part for m in ask.messages for part in m.parts if isinstance(part, Picture)] for ask in asks]
         if max(map(len, shown)) > 1:
             return None
         token, found = self.chat.picture_token, list[tuple[int, ...]]()
-        ids, mask = encoded.tensors["input_ids"], encoded.tensors["attention_mask"].bool()
-        for pictures, row, held in zip(shown, ids, mask, strict=True):
-            words: list[int] = row[held].tolist()
-            found.append(tuple(mark(pictures[0]) if pictures and word == token else word for word in words))
+        for pictures, row, length in zip(shown, encoded.tensors["input_ids"].tolist(), read, strict=True):
+            words = row[len(row) - length :]
+            its = mark(pictures[0]) if pictures else 0
+            found.append(tuple(its if pictures and word == token else word for word in words))
         return found
 
     def _choose(
         self, asks: Sequence[Choose], prompts: Sequence[Prompt], logits: torch.Tensor, read: list[int]
     ) -> list[Outcome]:
-        logs = torch.log_softmax(logits, dim=-1).cpu()
+        logs = torch.log_softmax(logits, dim=-1).cpu().numpy()
         outcomes: list[Outcome] = []
         for row, ask, prompt, tokens in zip(logs, asks, prompts, read, strict=True):
             ids = self.chat.first_tokens(prompt.text, ask.choices)
-            sums = {name: torch.logsumexp(row[tokens_of], dim=0).item() for name, tokens_of in ids.items()}
-            mass = torch.logsumexp(torch.tensor(list(sums.values())), dim=0).exp().item()
+            sums = {name: float(np.logaddexp.reduce(row[tokens_of])) for name, tokens_of in ids.items()}
+            mass = sum(map(exp, sums.values()))
             outcomes.append(Reply({"logprobs": sums, "mass": mass}, tokens_in=tokens, tokens_out=1))
         return outcomes
 

@@ -1,6 +1,7 @@
-"""How much of each stage's prompts repeats how the prompt before began: what an engine that keeps state need not read.
+"""How much of each stage's prompts repeats how the prompt before began, and how much of them an engine did not read again.
 
-Measured on the first questions of a stage, in the order in which it asks them. Knows nothing of HTML.
+The first is measured on the first questions of a stage, in the order of its rows; the second is what the engine counted
+in the run that published the stage. Knows nothing of HTML.
 """
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ from mllmsrec_core.prefixes import shared
 from mllmsrec_core.stages import STAGES
 from tasks.carry import KEY, names
 from tasks.report.shown import Shown
-
-LOOKED_AT = 200  # questions of a stage: some ten users of scoring; each may lie in another file of the store
+from tasks.spent import LOOKED_AT  # each question may lie in another file of the store
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """One asking stage: how many prompts were looked at, their tokens by rule of thumb, the share that repeats."""
+    """One asking stage: how many prompts were looked at, their tokens by rule of thumb, the share that repeats, and the
+    share of all prompt tokens that the engine had read before; None where nothing was asked or the engine does not say."""
 
     stage: str
     n: int
     tokens: int
     ratio: float
+    hit_rate: float | None
 
 
 def prefixes(shown: Shown) -> list[Prefixes]:
     """Of each stage that asks a language model, in order; one whose questions are not in the store is left out."""
     found = []
     for stage in STAGES:
-        pointer = shown.stages.get(stage.name, {}).get("carried", {}).get("units")
+        record = shown.stages.get(stage.name, {})
+        pointer = record.get("carried", {}).get("units")
         if stage.ask is None or not pointer:
             continue
         try:
@@ -45,7 +48,8 @@ def prefixes(shown: Shown) -> list[Prefixes]:
         prompts = [_messages(asked[key]) for key in keys if asked.get(key, {}).get("messages")]
         if prompts:
             said = shared(prompts)
-            found.append(Prefixes(stage.name, len(prompts), said.total, said.ratio))
+            hit_rate = record.get("engine", {}).get("hit_rate")  # older versions kept no such figures
+            found.append(Prefixes(stage.name, len(prompts), said.total, said.ratio, hit_rate))
     return found
 
 

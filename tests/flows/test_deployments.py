@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -23,10 +24,11 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, validate
 from rich.console import Console
 
-from flows import automations
+from flows import automations, events
 from flows.deployments import JOB_ENVIRONMENT, collect, deployments, install, refuse_relative
-from flows.pipeline import NAMES
+from flows.pipeline import NAMES, pipeline
 from mllmsrec_core.errors import UsageError
+from storage.files import SECRET
 from storage.store import Store
 from tasks.config import Config, Options, Pipeline, Settings
 
@@ -167,6 +169,43 @@ def _logged(call: Any) -> Any:
         return call()
 
 
+# --- the form in the UI ---------------------------------------------------------------------------------------------
+
+
+def leaves(node: dict[str, Any], defined: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Every field of a form that holds a value, by its path."""
+    if "$ref" in node:
+        node = {**defined[node["$ref"].rpartition("/")[2]], **node}
+    if len(node.get("allOf", ())) == 1:
+        node = {**defined[node["allOf"][0]["$ref"].rpartition("/")[2]], **node}
+    if "properties" not in node:
+        yield ".".join(path), node
+    for name, field in node.get("properties", {}).items():
+        yield from leaves({**field, "asked": name in node.get("required", ())}, defined, (*path, name))
+
+
+FORM = parameter_schema(pipeline).model_dump()
+LEAVES = dict(leaves(FORM, FORM["definitions"]))
+
+
+def test_every_field_of_the_form_has_a_title_says_what_it_is_and_need_not_be_filled():
+    assert len(LEAVES) > 100
+    assert [path for path, field in LEAVES.items() if not field.get("title")] == []
+    assert [path for path, field in LEAVES.items() if not field.get("description")] == []
+    assert [path for path, field in LEAVES.items() if field["asked"]] == []
+
+
+def test_a_choice_among_names_is_a_dropdown():
+    choices = ("settings.engine", "options.order", "params.dtype", "params.ingest.dataset", "params.preference.mode")
+    assert all(len(LEAVES[path]["enum"]) > 1 for path in choices)
+
+
+def test_no_field_of_the_form_holds_a_secret():
+    suspect = {path for path in LEAVES if SECRET.search(path) and not path.endswith("max_tokens")}
+    assert suspect == {"settings.api_key_env"}, "the name of a variable"
+    assert not any(field.get("format") == "password" for field in LEAVES.values())
+
+
 # --- automations ----------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +261,26 @@ def test_silence_after_a_heartbeat_is_death_unless_the_run_ended_or_was_set_asid
     assert not trigger.expects("prefect.flow-run.Running")
     assert trigger.covers(crash(1, flow="mllmsrec-caption"))
     assert not trigger.covers(crash(1, tags=("somebody-elses",)))
+
+
+def test_a_dead_run_is_crashed_within_three_minutes_and_not_for_one_late_heartbeat():
+    slack = timedelta(seconds=30 + automations.HEARTBEAT_SECONDS)  # the server's loop, and the heartbeat just missed
+    assert automations.SILENCE + slack <= timedelta(minutes=3)
+    assert automations.SILENCE >= timedelta(seconds=3 * automations.HEARTBEAT_SECONDS)
+
+
+def test_a_failed_run_and_a_metric_below_its_bar_are_told_and_a_good_run_is_not():
+    failed, low = automations.failure_notice(UUID(int=2)), automations.metric_notice(UUID(int=2))
+    trigger = on_server(failed)
+    assert {name for name in (*automations.ENDED, "TimedOut") if trigger.expects(f"prefect.flow-run.{name}")} == {
+        "Failed", "TimedOut", "Crashed",
+    }  # fmt: skip
+    assert trigger.covers(crash(1)) and trigger.covers(crash(1, flow="mllmsrec-caption"))
+    assert not trigger.covers(crash(1, tags=("somebody-elses",)))
+    assert on_server(low).expects(events.BELOW) and not on_server(low).expects(events.METRIC)
+    for notice in (failed, low):
+        (action,) = ServerAutomation.model_validate(notice.model_dump(mode="json")).actions
+        assert action.block_document_id == UUID(int=2)  # type: ignore[union-attr]
 
 
 # --- prefect.yaml ---------------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ def test_keys_are_what_they_were_when_the_first_answers_were_stored(ask):
     assert key(ask).hex() == GOLDEN[kind(ask)]
 
 
+def test_a_fetch_without_a_limit_is_the_question_it_was_before_there_were_limits():
+    assert render(FETCH) == '{"key_version":1,"kind":"fetch","uri":"s3://shop/1.jpg","version":"etag"}'
+    limited = replace(FETCH, max_pixels=1_000_000)
+    assert key(limited).hex() == "0c1c8a1713176b4f2d173947c04367739fe8ebddbcbeff28d45917293dc59d46"
+
+
 def test_kinds_with_the_same_fields_never_share_a_key():
     assert len({key(ask) for ask in ASKS}) == len(ASKS)
 

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import polars as pl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllmsrec_core.card import MOST_REASONS, card, popularity, reasons
@@ -58,6 +58,7 @@ def gini(counts):
     return np.abs(counts[:, None] - counts).mean() / (2 * counts.mean())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30))
 def test_gini_and_shares_follow_their_definitions(counts):
     ordered = np.array(sorted(counts, reverse=True))

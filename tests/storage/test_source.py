@@ -5,17 +5,17 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import uuid
 
 import fsspec
 import polars as pl
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mllmsrec_core.errors import SourceError
-from storage.source import ABSENT, UNKNOWN, FsspecSource, _delimited, _quoted, _unquoted, inside
+from storage import source as module
+from storage.source import ABSENT, UNKNOWN, FsspecSource, inside
 
 
 def source_of(folder, **files):
@@ -77,43 +77,11 @@ def test_a_stray_quote_breaks_its_own_line_only(tmp_path):
     assert len(kept) == 49_999
 
 
-@settings(max_examples=60)
-@given(st.lists(st.lists(st.text("ab1 .\t|é", max_size=4), min_size=1, max_size=4), max_size=12))
-def test_both_ways_of_reading_a_csv_agree_where_there_is_no_quote(rows):
-    text = "\n".join(["x,y", *(",".join(row) for row in rows)])
-    (fast, fast_broken), (slow, slow_broken) = (read(text, ["x", "y"], ",") for read in (_unquoted, _quoted))
-    assert fast.rows() == slow.rows()
-    assert fast_broken == slow_broken
-    filled = sum(1 for row in rows if ",".join(row))
-    assert fast.height + len(fast_broken) == filled
-
-
-@settings(max_examples=60)
-@given(st.lists(st.text('ab,"\n', max_size=8), max_size=12))
-def test_no_line_of_any_csv_is_lost(lines):
-    text = "\n".join(["x,y", *lines])
-    rows, broken = _delimited(text.encode(), ",", "a.csv")
-    kept = rows.select(n=1 + pl.sum_horizontal(pl.col("x", "y").str.count_matches("\n").fill_null(0)))["n"].sum()
-    assert kept + len(broken) == sum(1 for line in text.split("\n")[1:] if line) + blank_lines_inside(rows)
-
-
-def blank_lines_inside(rows):
-    """Blank lines that stand inside a kept record; those between records count as nothing."""
-    return (
-        sum(
-            sum(1 for line in f'{x or ""},"{y or ""}'.split("\n")[1:-1] if not line)
-            for x, y in rows.select("x", "y").rows()
-        )
-        if rows.height
-        else 0
-    )
-
-
 def test_json_lines_come_as_text_with_nested_values_as_json(tmp_path):
     content = '{"id": 12345678901234567890, "r": 4.0, "ok": true, "t": ["a", {"b": 1}]}\n\n{"id": "x", "r": null}\n'
     rows, _ = source_of(tmp_path, a__jsonl=content).table("a.jsonl")
     assert rows.rows() == [
-        ("12345678901234567890", "4.0", "true", '["a", {"b": 1}]', 1),
+        ("12345678901234567890", "4", "true", '["a", {"b": 1}]', 1),
         ("x", None, None, None, 3),
     ]
 
@@ -292,3 +260,78 @@ def test_inside_follows_links_and_dots(tmp_path):
 def test_json_numbers_keep_their_digits(tmp_path):
     rows, _ = source_of(tmp_path, a__jsonl=json.dumps({"at": 1676601581238})).table("a.jsonl")
     assert rows["at"].to_list() == ["1676601581238"]
+
+
+def write_parts(folder, parts):
+    for name, content in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("wanted", [None, {"user": "user", "day": "day"}])
+@pytest.mark.parametrize(
+    ("end", "first", "second"),
+    [
+        (".csv", b"user,n\n1,x\nbroken\n", b"user,n\n2,y\n"),
+        (".jsonl", b'\n{"user": 1, "n": "x"}\nbroken\n', b'\n{"user": 2, "n": "y"}'),
+        (".jsonl.gz", gzip.compress(b'\n{"user": 1, "n": "x"}\nbroken'), gzip.compress(b'\n{"user": 2, "n": "y"}')),
+    ],
+)
+def test_a_folder_of_text_parts_is_one_table_whose_lines_go_on_from_part_to_part(tmp_path, wanted, end, first, second):
+    days = {f"clicks/day=2024-01-0{n}/at=1%3A00/part-0{end}": content for n, content in ((1, first), (2, second))}
+    beside = {
+        "clicks/_SUCCESS": b"",
+        "clicks/_later/part-0.csv": b"x",
+        f"clicks/day=3/empty{end.removesuffix('.gz')}": b"",
+    }
+    write_parts(tmp_path, days | beside)
+    rows, broken = FsspecSource(str(tmp_path)).table("clicks", wanted)
+    assert rows.select("user", "day", "line").rows() == [("1", "2024-01-01", 2), ("2", "2024-01-02", 5)]
+    assert wanted or rows["at"].to_list() == ["1:00", "1:00"]
+    assert broken.select("source", "line").rows() == [("clicks", 3)]
+    with pytest.raises(SourceError, match=r"no column `dya`.*did you mean `day`"):
+        FsspecSource(str(tmp_path)).table("clicks", {"at": "dya"})
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"a.csv": b"x\n1\n", "b.parquet": b""}, r"several formats \(\.csv, \.parquet\): name"),
+        ({"a.txt": b"x"}, "holds no file with rows"),
+        ({"a.csv": b""}, "is empty"),
+    ],
+)
+def test_a_folder_that_is_no_table_says_what_is_wanted(tmp_path, parts, message):
+    write_parts(tmp_path / "clicks", parts)
+    with pytest.raises(SourceError, match=message):
+        FsspecSource(str(tmp_path)).table("clicks")
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".jsonl.gz"])
+def test_text_is_read_a_bounded_piece_at_a_time_and_keeps_its_lines(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(module, "PIECE", 100)
+    texts = [f'{{"id": {n}, "t": "{"x" * (n % 300)}"}}' if n % 7 else ("" if n % 2 else "broken") for n in range(500)]
+    content = b"\xef\xbb\xbf" + "\n".join(texts).encode()
+    source = source_of(
+        tmp_path, **{f"a{end.replace('.', '__')}": gzip.compress(content) if end == ".jsonl.gz" else content}
+    )
+    rows, broken = source.table(f"a{end}", {"id": "id"})
+    assert rows.rows() == [(str(n), n + 1) for n in range(500) if n % 7]
+    assert broken["line"].to_list() == [n + 1 for n in range(500) if texts[n] == "broken"]
+    assert pl.concat(source.lines(f"a{end}")).rows() == [(text, n) for n, text in enumerate(texts, 1) if text]
+
+
+def test_a_json_column_without_values_is_known_and_one_that_is_nowhere_is_not(tmp_path):
+    content = '{"id": "a", "etag": null}\n' * 3
+    write_parts(tmp_path / "parts", {"part-0.jsonl": content.encode(), "part-1.jsonl": b'{"id": "b", "etag": ""}'})
+    for name in ("a.jsonl", "parts"):
+        source = source_of(tmp_path, a__jsonl=content)
+        assert source.table(name, {"id": "id", "version": "etag"})[0]["version"].null_count() == 3 + (name == "parts")
+        with pytest.raises(SourceError, match=r"no column `tag` .*did you mean `etag`"):
+            source.table(name, {"id": "id", "version": "tag"})
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="such names cannot be made here")
+def test_a_file_whose_name_is_no_text_is_not_listed_and_hinders_nothing(tmp_path):
+    write_parts(tmp_path, {"a.csv": b"id\n1\n", "sub/caf\u00e9.csv": b"id\n2\n", "sub/b\udcff.csv": b"id\n3\n"})
+    assert FsspecSource(str(tmp_path)).names() == ["a.csv", "sub/caf\u00e9.csv"]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mllmsrec_core.datasets import generic
 from mllmsrec_core.errors import SourceError
+from storage.source import FsspecSource
 from tasks.init import NAMES, Proposal, propose
 
 T = 1_700_000_000
@@ -143,6 +145,33 @@ def test_the_items_are_those_that_the_interactions_name_whatever_else_lies_there
     assert "users.csv" in doubts(found)["items_file"]
 
 
+@pytest.mark.parametrize("end", ["csv", "parquet"])
+def test_a_table_cut_into_parts_goes_by_its_folder_and_the_reader_reads_all_of_them(tmp_path, end):
+    days = {
+        f"events/day=2024-01-0{n}/part-0__{end}": (
+            pl.DataFrame({"user_id": [f"u{n}"], "sku": [f"b{n}"]}) if end == "parquet" else f"user_id,sku\nu{n},b{n}\n"
+        )
+        for n in (1, 2)
+    }
+    parts = {
+        "products/part-00000__csv": ITEMS,
+        "products/part-00001__csv": ITEMS.replace("b1", "b3").replace("b2", "b4"),
+    }
+    found = propose(write(tmp_path, **days, **parts))
+    mapping = told(found)
+    assert mapping["generic.items_file"] == "products" and mapping["generic.interactions_file"] == "events"
+    assert mapping["generic.interaction_columns.at"] == "day" and mapping["generic.at_unit"] == "iso"
+    columns = {name: mapping[f"generic.interaction_columns.{name}"] for name in ("user_id", "item_id", "at")}
+    given = {"items_file": "products", "interactions_file": "events", "at_unit": "iso", "interaction_columns": columns}
+    items = {"item_columns": {"item_id": "sku", "title": "name"}}
+    read = generic.read(FsspecSource(str(tmp_path)), generic.Params.model_validate({**given, **items}))
+    assert read.interactions.select("user_id", "item_id", pl.col("at").dt.day()).rows() == [
+        ("u1", "b1", 1),
+        ("u2", "b2", 2),
+    ]
+    assert read.items["item_id"].to_list() == ["b1", "b2", "b3", "b4"] and read.rejects.is_empty()
+
+
 def test_one_file_may_hold_both(tmp_path):
     found = propose(write(tmp_path, log__csv=f"user_id,item_id,title,time\nu,b,Mug,{T}\nv,b,Mug,{T}\n"))
     assert told(found)["generic.items_file"] == told(found)["generic.interactions_file"] == "log.csv"
@@ -210,6 +239,7 @@ def test_the_real_folders_are_told(folder, dataset):
     assert found.dataset == dataset and found.unsure == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(sorted(NAMES)), min_size=2, unique=True), st.randoms(use_true_random=False))
 def test_a_column_is_never_taken_for_two(ours, rng):
     from storage.heads import Head

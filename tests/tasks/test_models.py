@@ -45,6 +45,11 @@ def test_notes_and_pickles_beside_the_weights_change_nothing(folder: Path) -> No
     assert resolve(str(folder)).model == before
 
 
+def test_the_dtype_is_by_default_that_of_the_model_wherever_it_runs(folder: Path) -> None:
+    assert resolve("embedded-vlm", "auto") == resolve("embedded-vlm", "float32")
+    assert resolve(str(folder), "auto") == resolve(str(folder), "bfloat16")
+
+
 def test_dtype_quantisation_and_pixels_are_part_of_the_model(folder: Path) -> None:
     plain = resolve(str(folder)).model
     others = [

@@ -90,6 +90,12 @@ OTHER = {
     "currency": '"EUR"',
     "min_coverage": 0.5,
     "scripted_seconds": 0.001,
+    "runner": '"ray"',
+    "shards": 4,
+    "gpus_per_shard": 0.5,
+    "ray_address": '"127.0.0.1:6379"',
+    "stage_timeout_minutes": 5,
+    "min_metrics": "{auc = 0.5}",
 }
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mllmsrec_core.ask import Embed, Fetch, Generate, Reply, key
 from mllmsrec_core.errors import EngineError, StoreError, TooManyErrors
 from storage.store import Store
+from tasks import runner
 from tasks.engines.scripted import ScriptedEngine
 from tasks.run_stage import fingerprint, run_stage
 from tasks.runner import How, run_rows
@@ -272,6 +273,27 @@ def test_lasting_failures_are_published_and_passing_ones_leave_the_stage_due(sto
     assert store.envs.record("toy", fingerprint({"rows": [list(row) for row in lasting]}))
     published(store, passing := [("fine", 1), ("too long busy", 1), ("busy", 1)])
     assert store.envs.record("toy", fingerprint({"rows": [list(row) for row in passing]})) is None
+
+
+def test_whoever_takes_finished_units_gets_each_once_in_lots_and_the_run_keeps_none(store, monkeypatch):
+    monkeypatch.setattr(runner, "LOT", 7)
+    lots: list[list[runner.Unit]] = []
+    given = toy.inputs(toy.frame(ROWS))
+    engine = toy.Watched(store)
+    units, counts = run_rows(toy.stage(), given, given["rows"], store, lambda _: engine, How(), take=lots.append)
+    assert (units, counts.done) == ([], len(ROWS))
+    assert [len(lot) for lot in lots] == [7, 7, 7, 7, 2]
+    taken = sorted((unit for lot in lots for unit in lot), key=lambda unit: unit.number)
+    assert [row for unit in taken for row in unit.rows] == run(again(store), ROWS)[0]
+
+
+def test_tables_are_the_same_in_however_many_lots_their_rows_were_finished(tmp_path, monkeypatch):
+    digests = set()
+    for lot in (1, 7, 2_000):
+        monkeypatch.setattr(runner, "LOT", lot)
+        record = published(Store(str(tmp_path / str(lot))), ROWS)
+        digests.add(record["tables"]["toys"]["digest"])
+    assert len(digests) == 1
 
 
 def test_a_stage_with_no_rows_publishes_an_empty_table(store):

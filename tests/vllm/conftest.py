@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mllmsrec_core.ask import Ask, Choose, Decoding, Generate, Message, Picture
+from mllmsrec_core.ask import Ask, Choose, Decoding, Generate, Message, Picture, key
 from storage.blobs import Blobs
 from storage.files import Files
 
@@ -33,6 +33,7 @@ WOULD = (
 KV_BYTES = 1 << 28  # the embedded model needs 4 kB a token
 ROOM = 1024  # tokens; the embedded model has 4,096 positions
 KEY = "loopback-secret"
+SHOP_ITEMS = 60
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -221,3 +222,47 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
             pass
         time.sleep(0.5)
     pytest.fail(f"vLLM's server did not start:\n{log.read_text()[-4000:]}")
+
+
+class Watched:
+    """The engines of a run; notes the key of every answer, and calls `then` once there are `after` of them."""
+
+    def __init__(self, engines: Any, after: int = 0, then: Callable[[], None] = lambda: None) -> None:
+        self.engines, self.after, self.then, self.answered = engines, after, then, list[bytes]()
+
+    def __call__(self, ask: Ask) -> Any:
+        self.engine = self.engines(ask)
+        return self
+
+    async def answer(self, ask: Ask) -> Any:
+        reply = await self.engine.answer(ask)
+        self.answered.append(key(ask))
+        if len(self.answered) == self.after:
+            self.then()
+        return reply
+
+
+@pytest.fixture(scope="session")
+def captioned() -> Callable[..., Any]:
+    """`captioned(store, watch, **settings)`: the demo shop's captions by the embedded model, from the store as a new
+    process opens it. The stage's record and its table; `watch(engines)` makes what answers."""
+    from flows.settings import load
+    from tasks.runner import How
+    from tasks.stage_task import perform
+    from tasks.work import open_work
+
+    def run(store: Path, watch: Callable[[Any], Any], **settings: Any) -> tuple[dict[str, Any], Any]:
+        values = {"store": f'"{store}"', **settings}
+        sets = [f"ingest.demo.items={SHOP_ITEMS}", "ingest.demo.users=8", "caption.max_tokens=60"]
+        config = load(["demo"], [*sets, *(f"settings.{name}={value}" for name, value in values.items())], {})
+        open_work.cache_clear()
+        work, made = open_work(config.to_json()), dict[str, Any]()
+        for name in ("ingest", "images"):
+            made[name], _ = perform(work, name, made, How())
+        try:
+            record, _ = perform(replace(work, engine_for=watch(work.engine_for)), "caption", made, How(window=8))
+        finally:
+            work.engine_for.drop()
+        return record, work.store.tables.read("captions", record["tables"]["captions"]["write_id"])
+
+    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +11,12 @@ from typing import Any
 import psutil
 import pytest
 
-from mllmsrec_core.ask import Choose, Decoding, Generate, Message, Reply
+from mllmsrec_core.ask import Choose, Decoding, Generate, Message
 from mllmsrec_core.errors import ContextTooLong, EngineError, ImageUnreadable, Passing
 from tasks.engines.vllm import VllmEngine
+from tasks.engines.vllm_room import LEAST
 
-from .conftest import KV_BYTES, ROOM, YES_NO
+from .conftest import KV_BYTES, ROOM, YES_NO, Watched
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,41 @@ def test_an_adapter_and_more_pictures_are_taken_up_while_rows_wait(
     assert all(plain.value != worn.value for plain, worn in zip(outcomes[:8], outcomes[8:16], strict=True))
 
 
+def test_room_follows_the_questions_up_to_what_the_model_has(
+    *, new_engine: Any, captions: Any, pictures: Any, reference: Any, ask_all: Any, agree: Any
+) -> None:
+    """LEAST is more than a caption needs; a longer row starts vLLM again, and one beyond the model fails alone."""
+    engine, model = new_engine(max_model_len=None), captions[0].model
+    agree(ask_all(engine, captions[:4]), reference(captions[:4]))
+    assert engine.room == LEAST
+    long = [
+        Generate(model, (Message("user", ("mug " * words, pictures[0][1])),), Decoding(60))
+        for words in (LEAST - 100, 9000)
+    ]
+    *fits, over = ask_all(engine, [*captions[:4], *long])
+    agree(fits, reference([*captions[:4], long[0]]))
+    assert isinstance(over, ContextTooLong)
+    assert engine.room == 2 * LEAST
+    assert engine.counters()["images"] == 4 + 5
+
+
+def test_counters_hold_every_token_read_and_those_found_in_the_prefix_cache(
+    engine: Any, captions: Any, pictures: Any, ask_all: Any
+) -> None:
+    words = "mug " * 400  # the CPU build reuses blocks of 128 tokens
+    ask = Generate(captions[0].model, (Message("user", (words, pictures[0][1])),), Decoding(30))
+    before = engine.counters()
+    [first] = ask_all(engine, [ask])
+    middle = engine.counters()
+    again = ask_all(engine, [ask] * 3)
+    after = engine.counters()
+    assert middle["prompt_tokens"] - before["prompt_tokens"] == first.tokens_in
+    assert after["prompt_tokens"] - middle["prompt_tokens"] == 3 * first.tokens_in
+    assert after["images"] - before["images"] == 4
+    assert [reply.value for reply in again] == [first.value] * 3
+    assert 0 < after["reused_tokens"] - middle["reused_tokens"] < 3 * first.tokens_in
+
+
 def test_choices_that_begin_alike_and_unknown_weights_are_engine_errors(
     engine: Any, new_engine: Any, captions: Any, ask_all: Any
 ) -> None:
@@ -117,26 +152,30 @@ def test_an_engine_that_cannot_start_says_so_once_to_every_row(new_engine: Any, 
     assert len(set(map(id, errors))) == 1
 
 
-def test_an_engine_killed_in_the_middle_is_an_engine_error_and_a_new_one_answers_the_rest(
-    *, engine: Any, new_engine: Any, captions: Any, runner: Any, reference: Any, ask_all: Any, agree: Any
+def test_a_stage_whose_engine_is_killed_says_what_to_do_and_asks_only_what_is_missing_when_repeated(
+    *, captioned: Any, tmp_path: Any
 ) -> None:
-    asks = [replace(ask, decoding=Decoding(60 + extra)) for extra in range(5) for ask in captions]
+    ours = {"engine": '"vllm"', "eager": "true", "vllm": f"{{kv_cache_memory_bytes = {KV_BYTES}}}"}
+    dying, after = [], 20
 
-    async def killed() -> list[Any]:
-        tasks = [asyncio.create_task(engine.answer(ask)) for ask in asks]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for child in psutil.Process().children(recursive=True):
-            if "resource_tracker" not in " ".join(child.cmdline()):
-                child.kill()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+    def watched(engines: Any) -> Watched:
+        dying.append(Watched(engines, after, kill_engines))
+        return dying[-1]
 
-    outcomes = runner.run(killed())
-    kept = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
-    lost = [ask for ask, outcome in zip(asks, outcomes, strict=True) if not isinstance(outcome, Reply)]
-    assert kept and lost
-    for error in (outcome for outcome in outcomes if not isinstance(outcome, Reply)):
-        assert isinstance(error, EngineError) and "repeat the command" in str(error)
-    agree(ask_all(new_engine(), lost), reference(lost))
+    with pytest.raises(EngineError, match="repeat the command"):
+        captioned(tmp_path / "store", watched, **ours)
+    kept = len(dying[0].answered)
+    record, table = captioned(tmp_path / "store", Watched, **ours)
+    assert after <= kept < record["counts"]["rows"]
+    assert (record["counts"]["known"], record["counts"]["asked"]) == (kept, record["counts"]["rows"] - kept)
+    assert table.equals(captioned(tmp_path / "undisturbed", Watched, engine='"transformers"')[1])
+
+
+def kill_engines() -> None:
+    """End what vLLM computes in, as the kernel would that is out of memory."""
+    for child in psutil.Process().children(recursive=True):
+        if "resource_tracker" not in " ".join(child.cmdline()):
+            child.kill()
 
 
 CHILD = """

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mllmsrec_core.ask import Choose, Decoding, Generate, Message, Reply
+from mllmsrec_core.ask import Decoding, Generate, Message
 from mllmsrec_core.errors import ContextTooLong, EngineError, ImageUnreadable
 from tasks.engines.openai import OpenAIEngine
 
-from .conftest import KEY, kill
+from .conftest import KEY, Watched, kill
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +89,21 @@ def test_a_wrong_key_or_name_is_an_engine_error_that_shows_no_key(
     assert isinstance(key, EngineError) and "SERVED_KEY" in str(key) and "a-wrong-secret" not in str(key)
 
 
-def test_a_server_killed_in_the_middle_is_an_engine_error_and_another_answers_the_rest(
-    *, served: Any, server: Any, new_engine: Any, captions: Any, scores: Any, runner: Any, reference: Any,
-    ask_all: Any, agree: Any,
-) -> None:  # fmt: skip
-    longer = [replace(ask, decoding=Decoding(60 + extra)) for extra in range(5) for ask in captions]
-    asks: list[Generate | Choose] = [*longer, *scores]
-    engine = new_engine()
+def test_a_stage_whose_server_is_killed_says_what_to_do_and_asks_another_only_what_is_missing(
+    *, served: Any, server: Any, captioned: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("SERVED_KEY", KEY)
+    how = {"engine": '"openai"', "api_key_env": '"SERVED_KEY"', "retries": 1}
+    dying, after = [], 20
 
-    async def killed() -> list[Any]:
-        tasks = [asyncio.create_task(engine.answer(ask)) for ask in asks]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        kill(served[1])
-        return await asyncio.gather(*tasks, return_exceptions=True)
+    def watched(engines: Any) -> Watched:
+        dying.append(Watched(engines, after, lambda: kill(served[1])))
+        return dying[-1]
 
-    outcomes = runner.run(killed())
-    lost = [ask for ask, outcome in zip(asks, outcomes, strict=True) if not isinstance(outcome, Reply)]
-    assert 0 < len(lost) < len(asks)
-    for error in (outcome for outcome in outcomes if not isinstance(outcome, Reply)):
-        assert isinstance(error, EngineError) and "Start the server" in str(error)
-    address, _ = server()
-    agree(ask_all(new_engine(endpoints=[address]), lost), reference(lost))
+    with pytest.raises(EngineError, match="Start the server"):
+        captioned(tmp_path / "store", watched, endpoints=f'["{served[0]}"]', **how)
+    kept = len(dying[0].answered)
+    record, table = captioned(tmp_path / "store", Watched, endpoints=f'["{server()[0]}"]', **how)
+    assert after <= kept < record["counts"]["rows"]
+    assert (record["counts"]["known"], record["counts"]["asked"]) == (kept, record["counts"]["rows"] - kept)
+    assert table.equals(captioned(tmp_path / "undisturbed", Watched, engine='"transformers"')[1])

@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllmsrec_core.datasets import generic
@@ -128,6 +128,7 @@ def test_a_time_outside_1990_to_2100_is_a_reject(tmp_path, unit, value):
     assert "is not a time between 1990 and 2100" in bad[0]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["s", "ms", "us", "iso"]), st.lists(st.text(max_size=30), min_size=1, max_size=8))
 def test_any_text_is_a_time_or_a_reject(unit, values):
     frame = pl.DataFrame({"at": values}, schema={"at": pl.String})

@@ -104,6 +104,22 @@ def test_the_first_code_bases_construction_is_named_and_draws_from_items_with_in
     assert set(found["item_id"]) <= set(some["item_id"])
 
 
+def test_negatives_come_from_items_with_interactions_where_that_is_asked_for_and_the_set_says_so(shop):
+    some = shop.inputs["interactions"].filter(pl.col("item_id").str.ends_with("5").not_())
+    left = some["item_id"].n_unique()
+    assert left < shop.inputs["items"].height
+    for n, named in ((3, "leave-last/1+3/uniform"), ("all", f"leave-last/all of {left}")):
+        found = (
+            shop.having(interactions=some).set("examples", n_negatives=n, among="touched").run("examples")["examples"]
+        )
+        assert set(found["item_id"]) <= set(some["item_id"])
+        assert set(found.filter(pl.col("split") == "test")["candidate_set"]) == {f"{named} touched"}
+    whole = shop.having(interactions=some).set("examples", n_negatives="all").run("examples")["examples"]
+    assert set(whole["item_id"]) > set(some["item_id"]), (
+        "else an item that nobody touched is a candidate like any other"
+    )
+
+
 @pytest.mark.parametrize(("histories", "label"), [("none", "mllm_msr"), ("mllm_msr", "none")])
 def test_a_label_without_the_histories_it_names_is_refused_and_so_are_they_without_it(shop, histories, label):
     def run(histories, label):

@@ -2,21 +2,27 @@
 
 import asyncio
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import pytest
 from PIL import Image
 
+from flows.settings import load
 from mllmsrec_core.ask import Fetch, Reply
 from mllmsrec_core.datasets import ITEMS
 from mllmsrec_core.errors import AskError, TooManyErrors
 from mllmsrec_core.stage import Inputs, conform
-from mllmsrec_core.stages import images, ingest
+from mllmsrec_core.stages import STAGES, caption, images, ingest, score, summary
 from storage.blobs import Blobs
 from storage.files import Files
 from storage.source import FsspecSource
 from tasks.engines.fetch import FetchEngine
+from tasks.runner import How
+from tasks.stage_task import perform
+from tasks.work import open_work
+from tests.tasks.shop import a_shop, sets
 
 POSTERS = Path(__file__).parents[4] / "shared" / "data" / "movielens-posters"
 
@@ -27,8 +33,12 @@ def catalogue(*rows):
     return frame.with_columns(pl.lit(None, pl.String).alias(name) for name in ITEMS if name not in frame.columns)
 
 
+SHOWN = {"caption": caption.Params(), "summary": summary.Params(), "score": score.Params()}
+LIMIT = 1_000_000  # their `max_pixels`
+
+
 def inputs_of(items, versions=None, **params):
-    return Inputs({"items": items}, {"images": images.Params(**params)}, versions=versions)
+    return Inputs({"items": items}, {"images": images.Params(**params), **SHOWN}, versions=versions)
 
 
 def finish(inputs, answer):
@@ -56,7 +66,8 @@ def run(inputs, source):
             except AskError as error:
                 return ask, Reply(error=error.error_class, detail=str(error), passing=error.passing)
 
-        asks = [Fetch(row["uri"], row["version"]) for row in images.rows(inputs).iter_rows(named=True)]
+        limit = images.most_pixels(inputs)
+        asks = [Fetch(row["uri"], row["version"], limit) for row in images.rows(inputs).iter_rows(named=True)]
         try:
             return dict(await asyncio.gather(*map(one, asks)))
         finally:
@@ -71,8 +82,36 @@ FOUND = Reply({"sha256": "f" * 64, "width": 4, "height": 3})
 
 def test_a_picture_that_many_items_share_is_asked_once():
     table, asked = finish(inputs_of(catalogue(("a", "x", None), ("b", "x", None), ("c", "y", None))), lambda _: FOUND)
-    assert asked == [Fetch("x", "unknown"), Fetch("y", "unknown")]
+    assert asked == [Fetch("x", "unknown", LIMIT), Fetch("y", "unknown", LIMIT)]
     assert table["status"].to_list() == ["ok"] * 3
+
+
+@pytest.mark.parametrize("stage", images.SHOWING)
+def test_pictures_are_asked_for_as_large_as_any_stage_shows_them(stage):
+    inputs = inputs_of(catalogue(("a", "x", None)))
+
+    def limit(pixels):
+        params = {**inputs.params, stage: inputs.params[stage].model_copy(update={"max_pixels": pixels})}
+        return images.most_pixels(replace(inputs, params=params))
+
+    assert (limit(1), limit(LIMIT), limit(LIMIT + 1)) == (LIMIT, LIMIT, LIMIT + 1)
+
+
+def test_every_stage_that_limits_pictures_is_asked_how_large_it_shows_them():
+    assert {stage.name for stage in STAGES if "max_pixels" in stage.params.model_fields} == set(images.SHOWING)
+
+
+def test_pictures_kept_as_they_are_are_the_questions_of_before():
+    _, asked = finish(inputs_of(catalogue(("a", "x", None)), normalise=False), lambda _: FOUND)
+    assert asked == [Fetch("x", "unknown")]
+
+
+def test_the_table_names_the_picture_as_kept_and_as_it_came():
+    items = catalogue(("a", "large", None), ("b", "old", None), ("c", "gone", None))
+    found = {"large": Reply({**FOUND.value, "original_sha256": "e" * 64}), "old": FOUND}
+    table, _ = finish(inputs_of(items), lambda ask: found.get(ask.uri, Reply(error="image_missing")))
+    named = table.select("sha256", "original_sha256").rows()
+    assert named == [("f" * 64, "e" * 64), ("f" * 64, "f" * 64), (None, None)]
 
 
 def test_an_item_without_a_picture_is_missing_one_and_asks_nothing():
@@ -182,6 +221,64 @@ def test_files_on_disk_get_the_state_they_deserve_and_a_later_repair_is_another_
     table, after = run(inputs_of(items, source.versions), source)
     assert table["status"].to_list() == ["unreadable", "ok", "ok", "unreadable", "refused"]
     assert len(set(after) - set(before)) == 1
+
+
+def two_stages(config):
+    """The records of ingest and images, and the store, after a run of these two as a new process would make it."""
+    open_work.cache_clear()
+    work = open_work(config.to_json())
+    before, records = work.store.envs.current("dev")["stages"], {}
+    for name in ("ingest", "images"):
+        records[name], _ = perform(work, name, records, How(), before)
+    work.store.envs.move("dev", records)
+    return records["images"], work.store
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """`shop("copy", caption__max_pixels=...)`: a shop of 30 pictures of 24 x 24, every other one to be made smaller."""
+    a_shop().write(tmp_path / "files")
+    for path in sorted((tmp_path / "files" / "pictures").iterdir())[::2]:
+        Image.open(path).resize((48, 12)).crop((0, 0, 20, 12)).save(path)
+    limits = {f"{stage}__max_pixels": 400 for stage in images.SHOWING}
+
+    def config(keep="copy", **others):
+        others = {"settings__keep_images": f'"{keep}"', **limits, **others}
+        return load((), sets(tmp_path / "files", tmp_path / keep, **others), {})
+
+    return config
+
+
+def test_pictures_copied_or_kept_by_reference_give_the_same_table(shop):
+    copied, store = two_stages(shop("copy"))
+    kept, beside = two_stages(shop("reference"))
+    assert copied["tables"]["images"]["digest"] == kept["tables"]["images"]["digest"]
+    table = store.tables.read("images", copied["tables"]["images"]["write_id"])
+    large = table.filter(pl.col("sha256") != pl.col("original_sha256"))
+    assert (len(table), len(large)) == (30, 15)
+    assert (table["width"] * table["height"]).max() <= 400
+    assert store.files.names("blobs", ".ref") == []
+    assert len(beside.files.names("blobs", ".ref")) == table.join(large, on="item_id", how="anti")["sha256"].n_unique()
+    for sha256 in table["sha256"]:
+        assert store.blobs.get(sha256) == beside.blobs.get(sha256)
+
+
+def test_a_second_run_asks_nothing_and_larger_pictures_are_asked_for_where_the_plan_says_so(shop, planned):
+    first, _ = two_stages(shop())
+    assert first["counts"]["asked"] == 30
+    assert two_stages(shop())[0]["fingerprint"] == first["fingerprint"]
+    assert planned(shop())["images"].why == ""
+
+    larger = planned(shop(caption__max_pixels=500))["images"]
+    assert (larger.why, larger.due.low, larger.due.high) == ("param caption.max_pixels", 30, 30)
+    again, store = two_stages(shop(caption__max_pixels=500))
+    assert again["counts"]["asked"] == 30
+    table = store.tables.read("images", again["tables"]["images"]["write_id"])
+    assert 400 < (table["width"] * table["height"]).max() <= 500
+
+    assert two_stages(shop())[0] == first
+    assert planned(shop(caption__max_pixels=300))["images"].due.high == 0, "score still shows them as large"
+    assert planned(shop(caption__prompt='"Name it."'))["images"].why == "", "of other stages only their limits count"
 
 
 @pytest.mark.skipif(not POSTERS.exists(), reason="the MovieLens release with posters is not beside the repository")

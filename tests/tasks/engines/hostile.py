@@ -349,7 +349,7 @@ def main(folder: Path, stage: str) -> None:
 
         async def one(uri: str) -> tuple[str, str, str]:
             try:
-                value = (await engine.answer(Fetch(uri, "1"))).value
+                value = (await engine.answer(Fetch(uri, "1", 1_000_000))).value
                 image = decode(blobs.get(value["sha256"]), 500_000)
                 assert image.mode == "RGB" and image.width * image.height <= 500_000
                 return uri, "ok", f"{value['width']} x {value['height']}"

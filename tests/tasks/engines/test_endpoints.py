@@ -110,3 +110,21 @@ def test_when_nobody_listens_any_more_every_waiting_row_hears_it_at_once() -> No
 
     assert {type(error) for error in asyncio.run(main())} == {EngineError}
     assert len(tries) < 30  # and not one after the other, each with its own rest
+
+
+def test_rows_that_are_cancelled_while_they_wait_leave_no_lock_behind() -> None:
+    async def silent(endpoint: Endpoint) -> None:
+        raise Trouble("nobody listens", refused=True)
+
+    async def one_round() -> None:
+        pool = Pool(URLS[:1], api_key_env="NO_SUCH_KEY", concurrency=3, timeout_s=1, retries=1, backoff_s=0.002)
+        with pytest.raises(BaseExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(8):
+                    group.create_task(pool.call(silent))
+
+    async def main() -> None:
+        for _ in range(300):
+            await asyncio.wait_for(one_round(), 60)
+
+    asyncio.run(main())

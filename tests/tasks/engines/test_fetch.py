@@ -59,14 +59,16 @@ JPEG = encoded(noise(), "JPEG")
 PNG = encoded(noise())
 
 
-def fetch(*uris, **options):
-    """Answers of one engine over a store in memory, in order; an error stands for its answer."""
+def fetch(*uris, limit=None, **options):
+    """Answers of one engine over a store in memory, in order; an error stands for its answer. `limit`: asked for pixels."""
 
     async def go():
         blobs = Blobs(Files(f"memory://store-{uuid.uuid4().hex}"))
         engine = FetchEngine(blobs, **{"wait": 0.01, **options})
         try:
-            replies = await asyncio.gather(*(engine.answer(Fetch(uri, "1")) for uri in uris), return_exceptions=True)
+            replies = await asyncio.gather(
+                *(engine.answer(Fetch(uri, "1", limit)) for uri in uris), return_exceptions=True
+            )
         finally:
             await engine.close()
         return blobs, replies
@@ -235,6 +237,46 @@ def test_every_kind_of_picture_is_fine_and_decodes_to_rgb_of_the_same_size(conte
     image = decode(content)
     assert image.mode == "RGB"
     assert check(content) == image.size
+
+
+@pytest.mark.parametrize("keep", ["copy", "reference"])
+def test_a_picture_that_is_larger_than_asked_for_is_kept_as_one_smaller_copy(tmp_path, keep):
+    large = encoded(noise(size=(400, 300)), "JPEG")
+    for name in ("a.jpg", "again.jpg"):
+        (tmp_path / name).write_bytes(large)
+    uris = [f"{tmp_path}/{name}" for name in ("a.jpg", "again.jpg")]
+    blobs, [reply, again] = fetch(*uris, limit=5_000, allow_roots=[str(tmp_path)], keep=keep)
+    assert again.value == reply.value, "equal pictures share a caption"
+    about = reply.value
+    assert about["original_sha256"] == sha256(large).hexdigest() != about["sha256"]
+    assert blobs.files.names("blobs") == [f"blobs/{about['sha256'][:2]}/{about['sha256']}"]
+    kept = blobs.get(about["sha256"])
+    assert check(kept) == (about["width"], about["height"]) == decode(large, 5_000).size
+    assert len(kept) < len(large) / 5
+
+
+@pytest.mark.parametrize("keep", ["copy", "reference"])
+@pytest.mark.parametrize("name", ["jpeg", "png", *ODD])
+def test_a_picture_that_is_no_larger_than_asked_for_is_kept_byte_for_byte(tmp_path, name, keep):
+    content = {"jpeg": JPEG, "png": PNG, **ODD}[name]
+    width, height = check(content)
+    (tmp_path / "a").write_bytes(content)
+    blobs, [reply] = fetch(f"{tmp_path}/a", limit=width * height, allow_roots=[str(tmp_path)], keep=keep)
+    named = sha256(content).hexdigest()
+    assert reply.value == {"sha256": named, "original_sha256": named, "width": width, "height": height}
+    assert blobs.get(named) == content
+    assert blobs.files.names("blobs") == [f"blobs/{named[:2]}/{named}{'.ref' if keep == 'reference' else ''}"]
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", *(name for name in ODD if name != "one pixel")])
+def test_one_pixel_too_many_makes_a_copy_of_any_kind_of_picture(tmp_path, name):
+    content = {"jpeg": JPEG, "png": PNG, **ODD}[name]
+    width, height = check(content)
+    (tmp_path / "a").write_bytes(content)
+    blobs, [reply] = fetch(f"{tmp_path}/a", limit=width * height - 1, allow_roots=[str(tmp_path)], keep="reference")
+    assert reply.value["original_sha256"] == sha256(content).hexdigest() != reply.value["sha256"]
+    assert 0 < reply.value["width"] * reply.value["height"] < width * height
+    assert decode(blobs.get(reply.value["sha256"])).size == (reply.value["width"], reply.value["height"])
 
 
 BAD = {
@@ -478,12 +520,13 @@ def test_a_host_whose_address_is_not_public_is_refused(site, host):
 
 
 def test_a_redirect_is_checked_like_the_first_address(site):
-    for target in (
-        f"{site.replace('127.0.0.1', 'localhost')}/a.jpg",
-        "http://169.254.169.254/latest",
-        "file:///etc/passwd",
+    for target, why in (
+        (f"{site.replace('127.0.0.1', 'localhost')}/a.jpg", r"localhost has an address that is not public"),
+        ("http://169.254.169.254/latest", r"169\.254\.169\.254 has an address that is not public"),
+        ("http://10.0.0.1/a.jpg", r"10\.0\.0\.1 has an address that is not public"),
+        ("file:///etc/passwd", "not at a web address"),
     ):
-        with pytest.raises(ImageRefused):
+        with pytest.raises(ImageRefused, match=why):
             only(f"{site}/to/{target}", **LOCAL)
 
 
@@ -515,7 +558,7 @@ def test_a_body_is_cut_off_at_the_byte_limit_whatever_its_header_says(site):
 @pytest.mark.parametrize("path", ["slow", "drip", "stall"])
 def test_a_host_that_is_too_slow_is_passing_trouble(site, path):
     begin = time.perf_counter()
-    with pytest.raises(Passing):
+    with pytest.raises(Passing, match=r"took more than 0\.5 s|ReadTimeout"):
         only(f"{site}/{path}", timeout=0.5, attempts=1, **LOCAL)
     assert time.perf_counter() - begin < 1.4
 
@@ -588,7 +631,7 @@ def test_redirects_in_circles_are_refused(site):
 
 
 def test_a_body_cut_to_the_length_its_header_claims_is_unreadable(site):
-    with pytest.raises(ImageUnreadable):
+    with pytest.raises(ImageUnreadable, match=r"cannot be decoded"):
         only(f"{site}/cut", **LOCAL)
 
 
@@ -608,7 +651,9 @@ def test_a_message_shows_no_control_characters_and_no_endless_address():
 
 
 def test_a_body_that_breaks_off_is_passing_trouble(site):
-    with pytest.raises(Passing):
+    with pytest.raises(
+        Passing, match=r"RemoteProtocolError peer closed connection without sending complete message body"
+    ):
         only(f"{site}/short", timeout=2.0, **LOCAL)
 
 

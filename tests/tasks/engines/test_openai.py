@@ -165,6 +165,20 @@ def test_a_text_comes_back_with_its_tokens(engine: Any, server: Server, ask_all:
     }  # fmt: skip
 
 
+def test_tokens_a_server_found_in_its_cache_are_counted_where_it_says_so(
+    engine: Any, server: Server, ask_all: Any, colours: Any
+) -> None:
+    asks = [ASK, replace(ASK, messages=(Message("user", ("red?", colours["red"])),)), CHOOSE]
+    silent, telling = engine(), engine()
+    ask_all(silent, asks[:2])
+    assert silent.counters() == {"prompt_tokens": 22, "images": 1}
+    said = scored(TOP)
+    said.body["usage"]["prompt_tokens_details"] = {"cached_tokens": 8}
+    server.chat = lambda body, number: said if "logprobs" in body else completion()
+    ask_all(telling, asks)
+    assert telling.counters() == {"prompt_tokens": 33, "reused_tokens": 8, "images": 1}
+
+
 def test_parts_keep_their_order_and_neighbouring_texts_are_one(
     engine: Any, server: Server, ask_all: Any, colours: Any
 ) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mllmsrec_core.errors import ImageRefused, ImageUnreadable
 from tasks.engines import pictures
-from tasks.engines.pictures import check, decode, rgb
+from tasks.engines.pictures import check, decode, reduced, rgb
 
 HOSTILE = Path(__file__).parent / "hostile.py"
 GIGABYTE = 1_000_000_000
@@ -49,6 +51,90 @@ def test_large_pictures_shrink_to_max_pixels_and_keep_their_aspect(size: tuple[i
 
 def test_small_pictures_are_left_as_they_are() -> None:
     assert decode(encoded(Image.new("RGB", (10, 10))), max_pixels=1000).size == (10, 10)
+
+
+# What a picture may be saved as: (format, mode), with options that keep its pixels where the format can.
+LOSSLESS = [
+    *(("PNG", mode) for mode in ("RGB", "L", "RGBA", "LA", "P", "1", "I;16")),
+    *(("TIFF", mode) for mode in ("RGB", "CMYK", "I;16", "F")),
+    *(("BMP", "RGB"), ("GIF", "P"), ("WEBP", "RGB"), ("WEBP", "RGBA")),
+]
+LOSSY = [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB")]
+SIZES = st.tuples(st.integers(1, 150), st.integers(1, 150))
+PHOTOS = st.tuples(st.integers(90, 240), st.integers(90, 240))  # of few pixels all is grain, which no JPEG keeps
+
+
+def photo(size: tuple[int, int], mode: str, seed: int) -> Image.Image:
+    """Soft shapes with some grain, as product photos have."""
+    rng = np.random.default_rng(seed)
+    bands = {"RGBA": 4, "LA": 2, "CMYK": 4, "RGB": 3, "P": 3}.get(mode, 1)
+    coarse = [Image.fromarray(rng.integers(0, 256, (4, 4), dtype=np.uint8)) for _ in range(bands)]
+    soft = [np.asarray(band.resize(size, Image.Resampling.BICUBIC)) for band in coarse]
+    grainy = np.clip(np.stack(soft, -1) + rng.normal(0, 4, (size[1], size[0], bands)), 0, 255).astype(np.uint8)
+    if mode == "CMYK":
+        return Image.merge("CMYK", [Image.fromarray(grainy[:, :, band]) for band in range(4)])
+    if mode in ("I;16", "F"):
+        return Image.fromarray(grainy[:, :, 0].astype(np.uint16 if mode == "I;16" else np.float32) * 257)
+    picture = Image.fromarray(grainy.squeeze(-1) if bands == 1 else grainy)
+    return picture.quantize(64) if mode == "P" else picture.convert(mode)
+
+
+def exif_of(turn: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    return exif
+
+
+def aspect_is_kept(size: tuple[int, int], original: tuple[int, int]) -> bool:
+    """Within one pixel of a side; sides of less than one pixel are drawn as one."""
+    (width, height), (whole_width, whole_height) = size, original
+    return min(size) == 1 or abs(width - height * whole_width / whole_height) <= max(1, whole_width / whole_height) + 1
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(LOSSLESS), SIZES, st.integers(1, 8), st.integers(0, 99), st.floats(0.02, 0.99))
+def test_a_copy_of_exact_pixels_shows_what_the_original_shows(
+    form: tuple[str, str], size: tuple[int, int], turn: int, seed: int, share: float
+) -> None:
+    kind, mode = form
+    how = {"lossless": True} if kind == "WEBP" else {"exif": exif_of(turn)} if kind in ("PNG", "TIFF") else {}
+    content = encoded(photo(size, mode, seed), kind, **how)
+    most = max(1, int(size[0] * size[1] * share))
+    copy, shown = reduced(content, most)
+    assert shown == check(copy) and shown[0] * shown[1] <= most
+    assert decode(copy, most).tobytes() == decode(copy).tobytes() == decode(content, most).tobytes()
+    assert aspect_is_kept(shown, decode(content).size)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(LOSSY), PHOTOS, st.integers(1, 8), st.integers(0, 99), st.floats(0.2, 0.99))
+def test_a_copy_of_a_lossy_picture_is_a_jpeg_that_shows_nearly_the_same(
+    form: tuple[str, str], size: tuple[int, int], turn: int, seed: int, share: float
+) -> None:
+    kind, mode = form
+    content = encoded(photo(size, mode, seed), kind, quality=90, exif=exif_of(turn))
+    most = max(1, int(size[0] * size[1] * share))
+    copy, shown = reduced(content, most)
+    seen, wanted = decode(copy, most), decode(content, most)
+    assert copy.startswith(b"\xff\xd8") and seen.size == wanted.size == shown == check(copy)
+    assert shown[0] * shown[1] <= most and aspect_is_kept(shown, decode(content).size)
+    assert np.abs(np.asarray(seen, np.int16) - np.asarray(wanted, np.int16)).mean() < 2
+
+
+def test_a_copy_is_the_same_whenever_it_is_made_and_holds_no_metadata() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"  # the description
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+        extra = {"comment": b"taken at home"} if kind == "JPEG" else {}
+        content = encoded(
+            photo((80, 60), "RGB", 0), kind, exif=exif, icc_profile=b"taken at home", dpi=(300, 300), **extra
+        )
+        assert b"taken at home" in content
+        copy, _ = reduced(content, 1_000)
+        assert copy == reduced(content, 1_000)[0]
+        with Image.open(io.BytesIO(copy)) as kept:
+            assert not kept.getexif() and b"taken at home" not in copy
+            assert "icc_profile" not in kept.info and kept.format in ("JPEG", "PNG")
 
 
 @pytest.mark.parametrize("cut", [0, 20, 60])

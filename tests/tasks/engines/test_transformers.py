@@ -112,6 +112,32 @@ def test_tokens_are_counted_without_padding_and_with_pictures(
     assert all(1 <= reply.tokens_out <= 10 and reply.seconds > 0 for reply in replies)
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_counters_add_up_to_what_was_read_and_what_was_computed(
+    *, share: bool, engine: Any, base: Any, says: Any, colours: Any, ask_all: Any
+) -> None:
+    asks = [Choose(base.model, says("Is this one of the mugs? " * 3, colours[one]), YES_NO) for one in ("red", "blue")]
+    made = engine(share=share)
+    ask_all(made, asks, close=False)  # the first batch that shares is computed twice, to compare
+    first, computed = made.counters(), made.tokens_computed
+    replies = ask_all(made, [*asks, *(Choose(base.model, ask.messages, YES_NO[::-1]) for ask in asks)], close=False)
+    counted = {name: n - first[name] for name, n in made.counters().items()}
+    assert counted["images"] == 4
+    assert counted["prompt_tokens"] == sum(reply.tokens_in for reply in replies)
+    assert counted["reused_tokens"] == counted["prompt_tokens"] - (made.tokens_computed - computed)
+    assert (counted["reused_tokens"] > 0.3 * counted["prompt_tokens"]) == share
+    before = made.counters()
+    ask_all(made, [Generate(base.model, asks[0].messages, GREEDY)])
+    after = made.counters()  # the models are freed
+    assert after["prompt_tokens"] - before["prompt_tokens"] == replies[0].tokens_in
+    assert (after["reused_tokens"], after["images"]) == (before["reused_tokens"], before["images"] + 1)
+
+
+def test_attention_is_that_of_torch_unless_told_otherwise(base: Any) -> None:
+    _, network = open_checkpoint(base.model, {base.model.slug: base.location}, "cpu")
+    assert network.config._attn_implementation == "sdpa"
+
+
 def test_a_picture_that_cannot_be_decoded_fails_alone(
     *, engine: Any, base: Any, blobs: Any, says: Any, colours: Any, ask_all: Any
 ) -> None:

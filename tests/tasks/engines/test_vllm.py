@@ -10,7 +10,7 @@ import pytest
 
 from mllmsrec_core.ask import Decoding, Embed, Generate, Message
 from mllmsrec_core.errors import EngineError, ImageUnreadable, MllmsrecError
-from tasks.engines.vllm import NO_OPTIONS, VllmEngine, _Needs
+from tasks.engines.vllm import NO_OPTIONS, VllmEngine
 
 
 @pytest.fixture
@@ -46,10 +46,3 @@ def test_an_adapter_that_is_none_is_an_engine_error(ask: Any, known: Any, blobs:
     [error] = ask_all(VllmEngine(blobs, {ask.model.slug: known("llava").location}), [tuned])
     assert isinstance(error, MllmsrecError) and not isinstance(error, ImageUnreadable)
     assert "no packed adapter" in str(error)
-
-
-def test_needs_of_the_same_weights_grow_together_and_other_weights_begin_anew(ask: Any) -> None:
-    tuned, wide, other = _Needs(ask.model, rank=8), _Needs(ask.model, pictures=3), _Needs(replace(ask.model, name="b"))
-    both = tuned.grown(wide)
-    assert both.covers(tuned) and both.covers(wide) and not tuned.covers(wide) and not wide.covers(tuned)
-    assert both.grown(other) == other and not both.covers(other)

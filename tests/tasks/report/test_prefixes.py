@@ -9,8 +9,10 @@ import pytest
 
 from mllmsrec_core.prefixes import common
 from storage.store import Store
-from tasks.report.prefixes import LOOKED_AT, prefixes
+from tasks.report import render
+from tasks.report.prefixes import prefixes
 from tasks.report.shown import Shown
+from tasks.spent import LOOKED_AT
 
 
 @pytest.fixture
@@ -34,6 +36,17 @@ def test_the_share_is_that_of_the_very_prompts_in_the_order_of_the_rows(shown: S
     [line] = [line for line in prefixes(shown) if line.stage == "score"]
     assert (line.n, line.ratio) == (len(texts), pytest.approx(again / sum(map(len, texts)), abs=1e-3))
     assert line.ratio > 0.3  # a user's candidates stand side by side
+
+
+def test_the_hit_rate_of_an_engine_that_counts_stands_beside_the_share(shown: Shown) -> None:
+    assert {line.hit_rate for line in prefixes(shown)} == {None}  # the scripted engine reads nothing
+    del shown.stages["caption"]["engine"]  # as older versions wrote records
+    shown.stages["score"] = {**shown.stages["score"], "engine": {"hit_rate": 0.4321}}
+    assert {line.stage: line.hit_rate for line in prefixes(shown)} == {
+        **dict.fromkeys(("caption", "summary", "preference")),
+        "score": 0.4321,
+    }
+    assert '<td class="n">43.2 %</td></tr>' in render(shown)
 
 
 def test_a_stage_whose_questions_are_gone_has_no_line(shown: Shown) -> None:

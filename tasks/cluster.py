@@ -1,0 +1,191 @@
+"""Shards of a stage as tasks on Prefect's own Ray task runner: `settings.runner = "ray"`.
+
+One connection to Ray, or one cluster of this machine, for the length of a run, opened at the first stage that is
+divided. Ray starts the shards of a lost node again on another one; what no shard answers, the stage asks. Knows nothing
+of how rows are divided.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+from mllmsrec_core.errors import EngineError, MllmsrecError, UsageError
+from tasks.child import Told, at_hand
+from tasks.config import Config, Options
+from tasks.prefect_tasks import Progress, engine_broke
+from tasks.runner import Counts, Elsewhere
+from tasks.shards import Share, answer, divisible, number_of_shards, refuse_unshared, together
+from tasks.stage_task import STAGE_BY_NAME, code_digest
+from tasks.work import open_work
+
+CONNECT_S = 10.0  # longer than any network between nodes takes
+
+
+@task(
+    name="shard",
+    task_run_name="{told.name} {share}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=1,
+    retry_delay_seconds=5,
+    retry_condition_fn=engine_broke,
+)
+def shard_task(told: Told, share: Share, code: str) -> Counts:
+    """Ask one share of a stage's rows, on whatever machine this runs; publishes nothing."""
+    work, how = at_hand(told.name, told.config_json, told.stages, told.options, told.deadline)
+    try:
+        return answer(work, told.name, share, told.stages, how, told.before, code)
+    except EngineError:
+        work.engine_for.drop()  # whoever tries again opens a fresh one
+        raise
+
+
+class Shards(AbstractContextManager["Shards"]):
+    """Asks a stage's questions on a Ray cluster ahead of the stage; does nothing where `settings.runner` is `threads`.
+
+    Raises UsageError at once where Ray is not installed, or where its nodes could not reach the store or Prefect.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.settings = config, config.settings
+        self._open, self._runner = ExitStack(), None
+        if self.settings.runner == "ray":
+            _refuse_without_ray()
+            refuse_unshared(config)
+            if self.settings.ray_address:
+                _refuse_without_server(self.settings.ray_address)
+                _refuse_unreachable(self.settings.ray_address)
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def ask(
+        self,
+        name: str,
+        stages: Mapping[str, Any],
+        before: Mapping[str, Any],
+        options: Options,
+        deadline: float | None,
+    ) -> Elsewhere | None:
+        """Divide the stage and wait for every shard, whether it ends well or not; None where the stage is left whole."""
+        if self.settings.runner != "ray" or not divisible(open_work(self.config.to_json()), STAGE_BY_NAME[name]):
+            return None
+        told = Told(self.config.to_json(), name, dict(stages), dict(before), options, deadline)
+        try:
+            work, how = at_hand(name, told.config_json, stages, options, deadline)
+            shards = number_of_shards(work, name, stages, how, before, options.retrain)
+        except MllmsrecError:
+            return None  # the stage meets the same error, and ends with it as its own
+        if not shards:
+            return None
+        runner = self._started()
+        started = time.monotonic()
+        with temporary_settings({PREFECT_API_URL: _api_url()}), _holding(self.settings.gpus_per_shard):
+            futures = [
+                runner.submit(shard_task, {"told": told, "share": Share(n, shards), "code": code_digest()})
+                for n in range(shards)
+            ]
+        with Progress(name, self.config.place) as progress:
+            return _ended(name, futures, started, progress)
+
+    def _started(self) -> Any:
+        if self._runner is None:
+            from prefect_ray import RayTaskRunner
+
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            quiet = {"log_to_driver": False, "logging_level": "error"}
+            here = {**quiet, "include_dashboard": False}
+            address = self.settings.ray_address
+            runner = RayTaskRunner(address=address or "local", init_kwargs=quiet if address else here)
+            self._runner = self._open.enter_context(runner)
+            _refuse_without_devices(self.settings.gpus_per_shard)
+        return self._runner
+
+
+def _ended(name: str, futures: list[Any], started: float, progress: Progress) -> Elsewhere:
+    """Wait for every shard. One that failed or was lost is named in the log; its open rows are left to the stage.
+
+    Raises UsageError where it ended every shard: the nodes are set up wrongly, and all the work would fall to one process.
+    """
+    log, counts, errors = get_run_logger(), list[Counts](), list[Any]()
+    for number, future in enumerate(futures):
+        future.wait()
+        result = future.state.result(raise_on_failure=False)
+        if isinstance(result, Counts):
+            counts.append(result)
+        else:
+            errors.append(result)
+            log.warning("%s, shard %s: %s; the stage asks what it left", name, Share(number, len(futures)), result)
+        progress(name, together(counts, 0).counts)
+    if errors and not counts and all(isinstance(error, UsageError) for error in errors):
+        raise errors[0]
+    made = together(counts, time.monotonic() - started)
+    log.info(
+        "%s: %d of %d shards returned; asked %d, known %d, failed %d, %.1f s",
+        *(name, made.shards, len(futures)),
+        *(made.counts.asked, made.counts.known, made.counts.failed, made.seconds),
+    )
+    return made
+
+
+def _holding(gpus: float) -> AbstractContextManager[Any]:
+    """Within it, every shard that is started holds so many devices; Ray then ends its process with it."""
+    from prefect_ray.context import remote_options
+
+    return remote_options(num_gpus=gpus) if gpus else remote_options()
+
+
+def _api_url() -> str:
+    """Where Prefect's server answers, the temporary one of this process included."""
+    return get_current_settings().api.url or str(get_client(sync_client=True).api_url)
+
+
+def _refuse_without_ray() -> None:
+    if find_spec("ray") is None or find_spec("prefect_ray") is None:
+        raise UsageError("settings.runner = \"ray\" needs Ray: pip install -e '.[ray]', on every node")
+
+
+def _refuse_without_server(address: str) -> None:
+    """A temporary Prefect server is for this machine alone."""
+    if not get_current_settings().api.url:
+        raise UsageError(
+            f"the nodes of {address} report to a Prefect server, and none is configured: run "
+            "`prefect server start --host 0.0.0.0`, and set PREFECT_API_URL=http://THIS_MACHINE:4200/api"
+        )
+
+
+def _refuse_without_devices(gpus: float) -> None:
+    """Ray itself lets a task wait for ever for devices that no node has."""
+    import ray
+
+    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if gpus > most:
+        raise UsageError(
+            f"settings.gpus_per_shard = {gpus:g}, and no node of the Ray cluster has more than {most:g} GPUs: lower it, or "
+            "start the nodes with `ray start --num-gpus N`"
+        )
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself waits for ever for a cluster that is not there."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    try:
+        socket.create_connection((place.hostname or "", place.port or 0), CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"no Ray cluster answers at settings.ray_address = {address} ({error}): write it as HOST:PORT and start one "
+            "there with `ray start --head --port 6379`, or leave it empty for a cluster of this machine"
+        ) from error
