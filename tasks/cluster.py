@@ -103,7 +103,7 @@ class Shards(AbstractContextManager["Shards"]):
 
     def _started(self) -> Any:
         if self._runner is None:
-            from prefect_ray import RayTaskRunner
+            from prefect_ray import RayTaskRunner  # type: ignore[import-not-found]
 
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             quiet = {"log_to_driver": False, "logging_level": "error"}
@@ -143,7 +143,7 @@ def _ended(name: str, futures: list[Any], started: float, progress: Progress) ->
 
 def _holding(gpus: float) -> AbstractContextManager[Any]:
     """Within it, every shard that is started holds so many devices; Ray then ends its process with it."""
-    from prefect_ray.context import remote_options
+    from prefect_ray.context import remote_options  # type: ignore[import-not-found]
 
     return remote_options(num_gpus=gpus) if gpus else remote_options()
 
@@ -169,7 +169,7 @@ def _refuse_without_server(address: str) -> None:
 
 def _refuse_without_devices(gpus: float) -> None:
     """Ray itself lets a task wait for ever for devices that no node has."""
-    import ray
+    import ray  # type: ignore[import-not-found]
 
     most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     if gpus > most:
