@@ -41,7 +41,7 @@ test-vllm: .venv-vllm/.installed-$(VLLM) ## the vllm and openai engines with rea
 
 test-services: export REQUIRE_SERVICES := 1
 test-services: .venv/.installed-services ## Prefect's server on Postgres, workers, schedules, Ray, and the UI in Chromium
-	$(BIN)/python -m pytest tests/services
+	$(BIN)/python -m pytest tests/services tests/tasks/test_cluster.py
 
 check: .venv/.installed-dev ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def delimited(content: bytes, delimiter: str, where: str) -> Rows:
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise SourceError(f"{where} has the column `{twice}` twice; rename one in the header")
-    read = quoted if '"' in text else unquoted
+    read = quoted if '"' in text or "\r" in text else unquoted
     return Rows(*read(text, header, delimiter), header, n_lines(content))
 
 
@@ -79,7 +79,7 @@ def quoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, 
     lines, broken = text.split("\n"), []
     records = _records(lines, len(header), delimiter, broken)
     frame = _frame(({**dict(zip(header, fields, strict=True)), "line": line} for line, fields in records), header)
-    return frame.with_columns(pl.col(header).replace("", None)), broken
+    return frame.with_columns(pl.exclude("line").replace("", None)), broken
 
 
 def _records(lines: list[str], width: int, delimiter: str, broken: Broken) -> Iterator[tuple[int, list[str]]]:

@@ -40,6 +40,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 PIECE = 1 << 26  # bytes of text turned into a frame at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SOMETHING = re.compile(rb"\S")
+EMPTY_PACKED = 64  # bytes; nothing packs into 14 to 32, by format
+NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"  # what engines call the folder of rows without a value
 
 # Where file systems keep what changes when a file does, best first.
 MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -175,7 +177,7 @@ class FsspecSource:
         if names == [folder]:
             return self._text(folder, wanted)
         frames, broken, known, before = [], [], dict[str, None](), 0
-        for name in filter(self.files.size, names):
+        for name in filter(self._filled, names):
             keys = keys_of(name.removeprefix(folder))
             read = self._text(name, None if wanted is None else wanted - set(keys))
             of_folders = [pl.lit(value, pl.String).alias(key) for key, value in keys.items()]
@@ -188,6 +190,14 @@ class FsspecSource:
         frame = pl.concat(frames, how="diagonal")
         missing = [pl.lit(None, pl.String).alias(key) for key in known if key not in frame.columns]
         return Rows(frame.with_columns(missing), broken, known, before)
+
+    def _filled(self, name: str) -> bool:
+        """Whether a part holds a byte, unpacked."""
+        size = self.files.size(name) or 0
+        if size > EMPTY_PACKED or not name.endswith(COMPRESSED):
+            return size > 0
+        with self._opened(name) as file:
+            return file.read(1) != b""
 
     def _parts(self, folder: str) -> list[str]:
         """The tables below a folder, all of one format, in the order of their names."""
@@ -342,10 +352,10 @@ def extension_of(name: str) -> str:
     return os.path.splitext(plain)[1].lower()
 
 
-def keys_of(name: str) -> dict[str, str]:
+def keys_of(name: str) -> dict[str, str | None]:
     """What the key=value folders in the name of a part say."""
     pairs = [folder.partition("=") for folder in name.split("/")[:-1] if "=" in folder]
-    return {unquote(key): unquote(value) for key, _, value in pairs}
+    return {unquote(key): None if value == NULL_FOLDER else unquote(value) for key, _, value in pairs}
 
 
 def _wanted(frame: pl.DataFrame, columns: Mapping[str, str] | None, known: Iterable[str], where: str) -> pl.DataFrame:

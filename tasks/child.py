@@ -179,7 +179,7 @@ def _child(
 ) -> Iterator[tuple[subprocess.Popen[str], Queue[dict[str, Any] | None]]]:
     """A child at work and its messages, None after the last. At the end nothing of its process group is left."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tasks.child"],
+        [sys.executable, "-P", "-m", "tasks.child"],  # -P: a folder `tasks` where the user works is not ours
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

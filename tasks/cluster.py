@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,15 +24,17 @@ from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from mllmsrec_core.errors import EngineError, MllmsrecError, UsageError
-from tasks.child import Told, at_hand
+from tasks.child import NO_ENDPOINT, StageTimeout, Told, at_hand
 from tasks.config import Config, Options
+from tasks.engines.scripted import MODEL as SCRIPTED
 from tasks.prefect_tasks import Progress, engine_broke
 from tasks.runner import Counts, Elsewhere
 from tasks.shards import Share, answer, divisible, number_of_shards, refuse_unshared, together
 from tasks.stage_task import STAGE_BY_NAME, code_digest
-from tasks.work import open_work
+from tasks.work import Work, open_work
 
 CONNECT_S = 10.0  # longer than any network between nodes takes
+LOOK_S = 10.0  # between two looks at the clock and at the nodes
 
 
 @task(
@@ -51,6 +54,9 @@ def shard_task(told: Told, share: Share, code: str) -> Counts:
     except EngineError:
         work.engine_for.drop()  # whoever tries again opens a fresh one
         raise
+    finally:
+        if work.config.settings.gpus_per_shard:
+            work.engine_for.drop()  # Ray ends this process, and what it has started must not keep the device
 
 
 class Shards(AbstractContextManager["Shards"]):
@@ -91,15 +97,33 @@ class Shards(AbstractContextManager["Shards"]):
             return None  # the stage meets the same error, and ends with it as its own
         if not shards:
             return None
-        runner = self._started()
+        runner, gpus = self._started(), self._gpus(work, name)
         started = time.monotonic()
-        with temporary_settings({PREFECT_API_URL: _api_url()}), _holding(self.settings.gpus_per_shard):
+        with temporary_settings({PREFECT_API_URL: _api_url()}), _holding(gpus):
             futures = [
                 runner.submit(shard_task, {"told": told, "share": Share(n, shards), "code": code_digest()})
                 for n in range(shards)
             ]
+        minutes = self.settings.stage_timeout_minutes
+        limit = Limit(gpus, None if minutes is None else started + 60 * minutes)
         with Progress(name, self.config.place) as progress:
-            return _ended(name, futures, started, progress)
+            return _ended(name, futures, started, limit, progress)
+
+    def _gpus(self, work: Work, name: str) -> float:
+        """Devices that each shard of the stage holds; none where it asks no model.
+
+        Raises UsageError where the processes of a node would crowd one device.
+        """
+        settings, model = self.settings, work.models.get(name)
+        if model is None:
+            return 0.0
+        here = model.name != SCRIPTED.name and (settings.engine != "openai" or name in NO_ENDPOINT)
+        if here and not settings.gpus_per_shard and settings.device != "cpu" and _most_devices():
+            raise UsageError(
+                f"{name}: every process of a node would load its model onto the same GPU: add --set "
+                "settings.gpus_per_shard=1, or settings.engine=openai with endpoints, or settings.device=cpu"
+            )
+        return settings.gpus_per_shard
 
     def _started(self) -> Any:
         if self._runner is None:
@@ -110,28 +134,50 @@ class Shards(AbstractContextManager["Shards"]):
             here = {**quiet, "include_dashboard": False}
             address = self.settings.ray_address
             runner = RayTaskRunner(address=address or "local", init_kwargs=quiet if address else here)
-            self._runner = self._open.enter_context(runner)
+            try:
+                self._runner = self._open.enter_context(runner)
+            except (ConnectionError, RuntimeError) as error:
+                raise UsageError(
+                    f"Ray does not let this machine in at {address or 'a cluster of its own'} ({error}); "
+                    "start the run on a node of the cluster"
+                ) from error
             _refuse_without_devices(self.settings.gpus_per_shard)
         return self._runner
 
 
-def _ended(name: str, futures: list[Any], started: float, progress: Progress) -> Elsewhere:
+@dataclass(frozen=True)
+class Limit:
+    """How long shards are waited for: while some node has the devices they hold, and until `ends` (monotonic seconds)."""
+
+    gpus: float
+    ends: float | None
+
+
+def _ended(name: str, futures: list[Any], started: float, limit: Limit, progress: Progress) -> Elsewhere:
     """Wait for every shard. One that failed or was lost is named in the log; its open rows are left to the stage.
 
-    Raises UsageError where it ended every shard: the nodes are set up wrongly, and all the work would fall to one process.
+    Raises where none returned: UsageError if that ended them all, else EngineError. The nodes are set up wrongly, and all
+    the work would fall to one process.
     """
     log, counts, errors = get_run_logger(), list[Counts](), list[Any]()
     for number, future in enumerate(futures):
-        future.wait()
+        _wait(name, future, limit)
         result = future.state.result(raise_on_failure=False)
         if isinstance(result, Counts):
             counts.append(result)
         else:
             errors.append(result)
             log.warning("%s, shard %s: %s; the stage asks what it left", name, Share(number, len(futures)), result)
-        progress(name, together(counts, 0).counts)
-    if errors and not counts and all(isinstance(error, UsageError) for error in errors):
-        raise errors[0]
+        so_far = together(counts, 0).counts
+        so_far.rows = so_far.rows * len(futures) // max(1, len(counts))  # shares are of about equal size
+        progress(name, so_far)
+    if errors and not counts:
+        if all(isinstance(error, UsageError) for error in errors):
+            raise errors[0]
+        raise EngineError(
+            f"{name}: none of {len(futures)} shards returned, the first for: {errors[0]}. Everything answered is kept. "
+            "Look at the nodes, or go on without them: --set settings.runner=threads"
+        )
     made = together(counts, time.monotonic() - started)
     log.info(
         "%s: %d of %d shards returned; asked %d, known %d, failed %d, %.1f s",
@@ -139,6 +185,20 @@ def _ended(name: str, futures: list[Any], started: float, progress: Progress) ->
         *(made.counts.asked, made.counts.known, made.counts.failed, made.seconds),
     )
     return made
+
+
+def _wait(name: str, future: Any, limit: Limit) -> None:
+    """Until the shard has ended. Raises StageTimeout past the limit, UsageError once no node has the devices it needs."""
+    import ray  # type: ignore[import-not-found]
+
+    while not ray.wait([future.wrapped_future], timeout=LOOK_S)[0]:
+        _refuse_without_devices(limit.gpus)
+        if limit.ends is not None and time.monotonic() >= limit.ends:
+            raise StageTimeout(
+                f"{name}: its shards were stopped after settings.stage_timeout_minutes. Everything answered is kept: "
+                "repeat the command to go on, or raise the limit"
+            )
+    future.wait()
 
 
 def _holding(gpus: float) -> AbstractContextManager[Any]:
@@ -169,14 +229,19 @@ def _refuse_without_server(address: str) -> None:
 
 def _refuse_without_devices(gpus: float) -> None:
     """Ray itself lets a task wait for ever for devices that no node has."""
-    import ray  # type: ignore[import-not-found]
-
-    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    most = _most_devices() if gpus else 0.0
     if gpus > most:
         raise UsageError(
             f"settings.gpus_per_shard = {gpus:g}, and no node of the Ray cluster has more than {most:g} GPUs: lower it, or "
             "start the nodes with `ray start --num-gpus N`"
         )
+
+
+def _most_devices() -> float:
+    """GPUs of the node that has most of them."""
+    import ray  # type: ignore[import-not-found]
+
+    return max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
 
 
 def _refuse_unreachable(address: str) -> None:

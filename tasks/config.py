@@ -57,7 +57,9 @@ class Settings(BaseModel):
         description="vllm: most room for prompt and answer, in tokens; it takes what the questions need, up to this",
     )
     picture_cache_gb: float | None = Field(
-        default=None, ge=0, description="vllm: memory for processed pictures; default: 4 once one comes again, else 0"
+        default=None,
+        ge=0,
+        description="vllm: memory for processed pictures; default: 0, and 4 once pictures come again",
     )
     eager: bool = Field(default=False, description="vllm: no compilation; starts faster, answers slower")
     vllm: dict[str, Any] = Field(

@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(self, stage: str, place: str = "") -> None:
         self.key = re.sub("[^a-z0-9]+", "-", f"progress-{stage}-{place}".lower()).strip("-")
-        self.updated, self.artifact, self.context = 0.0, None, copy_context()
+        self.updated, self.artifact, self.context, self.sent = 0.0, None, copy_context(), None
         self.sender = ThreadPoolExecutor(1, thread_name_prefix=self.key)
 
     def __enter__(self) -> Progress:
@@ -61,8 +61,11 @@ class Progress:
         over = counts.done >= counts.rows
         if not over and time.monotonic() - self.updated < SECONDS_BETWEEN_UPDATES:
             return
+        if not over and self.sent and not self.sent.done():
+            return  # a slow server gets fewer updates, not a queue of them
         self.updated = time.monotonic()
-        self.sender.submit(self.context.run, self._send, stage, 100.0 * counts.done / max(1, counts.rows))
+        share = 100.0 * counts.done / max(1, counts.rows)
+        self.sent = self.sender.submit(self.context.run, self._send, stage, share)
 
     def _send(self, stage: str, share: float) -> None:
         with suppress(Exception):  # a server that is away must not end the stage

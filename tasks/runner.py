@@ -116,6 +116,7 @@ class Oracle:
     def __init__(self, store: Store, engine_for: Callable[[Ask], Engine], how: How, counts: Counts) -> None:
         self.store, self.engine_for, self.how, self.counts = store, engine_for, how, counts
         self._in_flight: dict[bytes, asyncio.Future[Reply]] = {}
+        self._began = 0.0  # when the first question was asked
         self._asked: set[bytes] = set()  # a retry asks once, not once per row; empty in other runs
 
     def known(self, ask: Ask, name: bytes) -> Reply | None:
@@ -153,12 +154,14 @@ class Oracle:
 
     async def _ask(self, ask: Ask) -> Reply:
         started = time.monotonic()
+        self._began = self._began or started
         try:
             reply = await self.engine_for(ask).answer(ask)
             if isinstance(ask, Generate) and isinstance(reply.value, str) and not reply.value.strip():
                 reply = replace(reply, value=None, error=EmptyReply.error_class, detail="the model wrote nothing")
         except AskError as error:
             reply = Reply(error=error.error_class, detail=str(error), passing=error.passing)
+        self.counts.asking_seconds = time.monotonic() - self._began
         self.counts.asked += 1
         self.counts.passing += reply.passing
         self.counts.tokens_in += reply.tokens_in
@@ -200,8 +203,7 @@ class Run:
         self.together = False  # whether other runs are at work on the stage
 
     async def all(self, rows: pl.DataFrame, presence: Presence) -> list[Unit]:
-        """Every row that was reached and not taken, in the order of `rows`; longest chains start first where the stage
-        says so."""
+        """Every row that was reached and not taken, in the order of `rows`."""
         place, runs = presence.place()
         self.together = runs > 1
         try:

@@ -40,7 +40,7 @@ def refuse_unshared(config: Config) -> None:
     named |= {f"model {name}": name for name in models if name and Path(name).is_dir()}
     for what, where in named.items():
         path = local_path(where)
-        if path and not Path(path).expanduser().is_absolute():
+        if path and not Path(path).is_absolute():  # `~` is another folder on a node of another user
             raise UsageError(
                 f"{what} = `{where}` is a relative path, and every shard must find the same: write {Path(path).resolve()} "
                 "if every node sees it there, or a URL such as s3://bucket/store"

@@ -38,6 +38,8 @@ def bench(config: Config, rows: int, against_original: bool = False) -> Iterator
                 yield from _findings(work, Passes(work, Path(folder), bout), bout, against_original)
         finally:
             work.engine_for.drop()
+    if settings.engine in REMEMBERING:
+        yield LeftOut(f"what {settings.engine} itself uses", "memory and processor time are of this process alone")
     yield LeftOut(UNTRAINED, "nothing is trained here, and scores are asked of the base model")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mllmsrec_core.ask import Ask, Choose, Generate
+from mllmsrec_core.ask import Ask, Choose, Generate, Model
 from tasks.bench.findings import Finding, LeftOut, ratio
 from tasks.bench.meter import Cost, in_turn
 from tasks.bench.original import CAPTION_BATCH, SCORE_BATCH, SCORE_TOKENS, Original
@@ -27,11 +27,11 @@ REUSE = "beginnings of prompts read once : each prompt read whole"
 class Local:
     """The network that answers a stage's questions."""
 
-    def __init__(self, engine: TransformersEngine, bout: Bout, batch_size: int) -> None:
+    def __init__(self, engine: TransformersEngine, model: Model, bout: Bout, batch_size: int) -> None:
         self.engine, self.stage, self.batch_size = engine, bout.stage.name, batch_size
-        self.units: list[list[Any]] = [[ask for ask, _ in unit] for unit in bout.units]
-        self.asks: list[Any] = [ask for ask, _ in bout.asked()]
-        loaded = engine._open(self.asks[0].model)
+        self.units: list[list[Any]] = [[ask for ask, reply in unit if not reply.error] for unit in bout.units]
+        self.asks: list[Any] = [ask for ask, reply in bout.asked() if not reply.error]
+        loaded = engine._open(model)
         self.reader, self.front, self.cool = loaded.reader, loaded.chat.front, loaded.chat.forget
         self.way = Original(loaded.network, loaded.chat)
 
@@ -101,7 +101,7 @@ def opened(work: Work, bout: Bout) -> Local | None:
         return None
     engine = work.engine_for(ask)
     local = isinstance(engine, TransformersEngine)
-    return Local(engine, bout, work.config.settings.batch_size) if local else None
+    return Local(engine, ask.model, bout, work.config.settings.batch_size) if local else None
 
 
 def without(work: Work, stage: str, ask: Ask, against_original: bool) -> Iterator[Finding]:

@@ -94,7 +94,7 @@ def parts(
     """
     asked = bout.asked()
     if isinstance(asked[0][0], Fetch):
-        return _parts_of_fetching(asked, blobs, fresh, seconds)
+        return _parts_of_fetching(asked, blobs, fresh, seconds, ask_all)
     shown = [(picture.sha256, _most(ask)) for ask, _ in asked for picture in pictures(ask)]
     contents: list[bytes] = []
     source = timed(lambda: contents.extend(blobs.get(sha256) for sha256, _ in shown))
@@ -111,11 +111,13 @@ def _reading(asked: Asked, ask_all: AskAll) -> float:
     return in_turn({"": lambda: ask_all(first)})[""][0].seconds
 
 
-def _parts_of_fetching(asked: Asked, blobs: Blobs, fresh: Store, seconds: float) -> dict[str, float]:
+def _parts_of_fetching(asked: Asked, blobs: Blobs, fresh: Store, seconds: float, ask_all: AskAll) -> dict[str, float]:
     contents = [blobs.get(reply.value["sha256"]) for _, reply in asked if reply.value]
     with ThreadPoolExecutor(CHECKERS) as checkers, ThreadPoolExecutor(COPIERS) as copiers:
         checking = timed(lambda: list(checkers.map(check, contents)))
         copying = timed(lambda: list(copiers.map(fresh.blobs.put, contents)))
+    whole = [[replace(ask, max_pixels=None)] for ask, _ in asked if isinstance(ask, Fetch)]
+    checking += max(0.0, seconds - in_turn({"": lambda: ask_all(whole)})[""][0].seconds)  # making smaller copies
     writing = copying + _writing(asked, fresh)
     return dict(zip(PARTS, (max(0.0, seconds - checking - copying), checking, 0.0, 0.0, writing), strict=True))
 

@@ -171,7 +171,8 @@ class Pool:
     async def _room(self, deaths: int) -> Endpoint:
         """The endpoint with the largest free share, once there is one; its place is taken.
 
-        Raises what every row waiting at that time gets, when nobody listened anywhere since `deaths` were counted.
+        Raises what every row waiting at that time gets, when nobody listened anywhere since `deaths` were counted, and
+        Passing where every endpoint rests longer than LONGEST_WAIT_S.
         """
         loop = asyncio.get_running_loop()
         async with self._changed:
@@ -184,6 +185,9 @@ class Pool:
                     best = min(free, key=Endpoint.load)
                     best.in_flight += 1
                     return best
+                if (rest_s := min(endpoint.resume_at - now for endpoint in self.endpoints)) > LONGEST_WAIT_S:
+                    where = ", ".join(endpoint.url for endpoint in self.endpoints)
+                    raise Passing(f"{where}: asks for {rest_s:g} s of rest. The next run asks again.")
                 paused = [endpoint.resume_at - now for endpoint in self.endpoints if endpoint.resume_at > now]
                 # Not `wait_for`: before Python 3.12 it waits in a task of its own, which may keep the lock when cancelled.
                 with suppress(TimeoutError):

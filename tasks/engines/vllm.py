@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from tasks.engines.adapters import CONFIG, unpack
 from tasks.engines.checkpoint import location_of
 from tasks.engines.vllm_prompts import Prepared, Prompts, Question
 from tasks.engines.vllm_room import AGAIN, Needs, Shown, room, together
-from tasks.engines.vllm_running import MEMORY, Running, TooSmall
+from tasks.engines.vllm_running import MEMORY, STOP_S, Running, TooSmall
 
 PREPARERS = 4  # threads that decode pictures; decoding releases the interpreter
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM knows these limits only (0.32, config/lora.py)
@@ -37,6 +38,9 @@ NO_OPTIONS = frozenset({
     "model", "tokenizer", "revision", "tokenizer_revision", "code_revision", "dtype", "quantization", "logprobs_mode",
     "max_model_len", "enable_lora", "max_lora_rank", "limit_mm_per_prompt", "mm_processor_cache_gb",
     "trust_remote_code", "generation_config", "override_generation_config", "hf_overrides", "chat_template",
+    "load_format", "config_format", "hf_config_path", "tokenizer_mode", "skip_tokenizer_init", "kv_cache_dtype",
+    "calculate_kv_scales", "mm_processor_kwargs", "media_io_kwargs", "lora_dtype", "default_mm_loras",
+    "speculative_config", "logits_processors", "disable_sliding_window", "language_model_only", "hf_token",
 })  # fmt: skip
 # Quiet, nothing reported home, and no fork of a process that has threads.
 ENVIRONMENT = {
@@ -50,7 +54,7 @@ class VllmEngine:
     """Answers Generate and Choose.
 
     `locations` maps a model's slug to its folder or hub id. One model runs at a time: an Ask to another one, or one
-    that needs LoRA, more pictures per prompt or more tokens than the running one has room for, waits until nothing is
+    that needs LoRA, more pictures per prompt, a picture cache or more tokens than the running one has, waits until nothing is
     in flight, and vLLM starts again. Its `max_model_len` is what the Asks waiting at the start need, with a margin;
     ours is the most it may become (None: what the model has), and a row that only this bound keeps out fails
     passingly. `picture_cache_gb` is memory for processed pictures; None: 0 at a start before any picture came again,
@@ -169,7 +173,7 @@ class VllmEngine:
     def _check(self, prompts: Prompts, prepared: Prepared, tokens: int) -> None:
         """Raises for a row that no start can make room for."""
         most = self._most(prompts)
-        if most is None and self._running:
+        if most is None and self._running and self._running.prompts is prompts:
             most = self._running.needs.tokens
         if most is None or tokens <= most:
             return
@@ -220,8 +224,12 @@ class VllmEngine:
         if self._running is not None:
             needs = self._running.needs.grown(needs)
         await self._stop()
+        cancelled = threading.Event()
         try:
-            llm = await asyncio.to_thread(self._launch, needs, prompts)
+            llm = await asyncio.to_thread(self._launch, needs, prompts, cancelled)
+        except asyncio.CancelledError:
+            cancelled.set()  # the thread goes on, and stops what it started
+            raise
         except EngineError as error:
             self._broken = error
             raise
@@ -235,7 +243,7 @@ class VllmEngine:
             del running
             gc.collect()  # vLLM's objects form cycles, and complain when they are first freed at exit
 
-    def _launch(self, needs: Needs, prompts: Prompts) -> Any:
+    def _launch(self, needs: Needs, prompts: Prompts, cancelled: threading.Event) -> Any:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -248,12 +256,15 @@ class VllmEngine:
             ) from error
         what = f"{needs.weights.slug} and room for {needs.tokens} tokens"
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments(needs, prompts)))
+            llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._arguments(needs, prompts)))
         except Exception as error:  # start-up fails with whatever its child failed with
             raise EngineError(
                 f"{self.name} did not start with {what}: {type(error).__name__}: {error}. "
                 f"Its log above names the cause. {MEMORY}"
             ) from error
+        if cancelled.is_set():
+            llm.shutdown(STOP_S)
+        return llm
 
     def _arguments(self, needs: Needs, prompts: Prompts) -> dict[str, Any]:
         location, revision = location_of(needs.weights, self.locations)

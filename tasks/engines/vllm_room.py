@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -15,6 +16,8 @@ LEAST = 2048  # tokens
 # Pictures processed in vain before a new start with a cache for them is worth it: a start takes about a minute on a
 # GPU, a photograph some 10 ms.
 AGAIN = 5000
+# Different pictures: as many of 2 MB, processed, as the cache of 4 GB holds. One that comes again later would miss it.
+RECENT = 2000
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,17 @@ def room(tokens: int, most: int | None) -> int:
 
 
 class Shown:
-    """Which pictures were shown so far, and how many came again."""
+    """Which pictures were shown of late, and how many came again."""
 
     def __init__(self) -> None:
         self.again = 0
-        self._seen: set[int] = set()
+        self._seen: OrderedDict[str, None] = OrderedDict()
 
     def add(self, pictures: Iterable[str]) -> None:
-        """Count pictures, given by sha256; 64 bits of it are kept."""
-        seen = {int(sha256[:16], 16) for sha256 in pictures}
-        self.again += len(seen & self._seen)
-        self._seen |= seen
+        """Count pictures, given by sha256, that were among the last `RECENT` different ones."""
+        for picture in set(pictures):
+            self.again += picture in self._seen
+            self._seen[picture] = None
+            self._seen.move_to_end(picture)
+        while len(self._seen) > RECENT:
+            self._seen.popitem(last=False)

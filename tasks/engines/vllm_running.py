@@ -23,7 +23,10 @@ from tasks.engines.vllm_room import Needs
 SHOWN_CHARS = 300  # of vLLM's complaint about a row
 # vLLM's children do not notice that their parent was killed, and would keep the device's memory for ever. This reads a
 # pipe that closes with the parent, and then kills them.
-WATCH = "import os, signal, sys\nsys.stdin.read()\nfor pid in sys.argv[1:]:\n    os.kill(int(pid), signal.SIGKILL)"
+WATCH = (
+    "import contextlib, os, signal, sys\nsys.stdin.read()\nfor pid in sys.argv[1:]:\n"
+    "    with contextlib.suppress(ProcessLookupError):\n        os.kill(int(pid), signal.SIGKILL)"
+)
 STOP_S = 30.0  # a child that has not ended by then is killed
 TOO_LONG = re.compile(r"maximum (context|model) length")
 MEMORY = (

@@ -27,7 +27,8 @@ ENDED = {"Completed", "Cached", "Failed", "Crashed", "Cancelled", "TimedOut"}
 
 def missing() -> list[str]:
     """What `sh tests/services/install` and the extra `services` would bring."""
-    packages = [name for name in ("playwright", "check_jsonschema", "moto") if importlib.util.find_spec(name) is None]
+    wanted = ("playwright", "check_jsonschema", "moto", "prefect_ray")
+    packages = [name for name in wanted if importlib.util.find_spec(name) is None]
     programs = {
         "Postgres": database.programs(),
         "Chromium": shutil.which(CHROMIUM),

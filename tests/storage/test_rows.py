@@ -122,3 +122,14 @@ def test_of_a_column_without_a_value_nothing_is_known():
 def test_a_number_is_the_same_number_as_text(value):
     [(said, _)] = json_lines([json.dumps({"a": value}).encode()], {"a"}).frame.rows()
     assert float(said) == value and "e" not in said and not said.endswith(".0")
+
+
+@pytest.mark.parametrize("text", ['item,line\n"x",2\n', "item,line\nx,2\n"])
+def test_a_column_that_is_called_line_gives_way_to_the_number_of_the_line(text):
+    assert delimited(text.encode(), ",", "a.csv").frame.select("item", "line").rows() == [("x", 2)]
+
+
+def test_a_lone_carriage_return_is_read_alike_with_and_without_a_quote_beside_it():
+    plain, beside = (delimited(text.encode(), ",", "a.csv") for text in ("a,b\nx\ry,2\n", 'a,b\nx\ry,2\n"c",3\n'))
+    assert [line for line, _ in plain.broken] == [line for line, _ in beside.broken]
+    assert plain.frame.rows() == beside.frame.rows()[: plain.frame.height]

@@ -293,6 +293,18 @@ def test_a_folder_of_text_parts_is_one_table_whose_lines_go_on_from_part_to_part
         FsspecSource(str(tmp_path)).table("clicks", {"at": "dya"})
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_part_without_a_byte_may_be_packed(tmp_path, pack):
+    end = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}[pack]
+    write_parts(tmp_path, {f"c/0.csv.{end}": pack(b"x\n1\n"), f"c/1.csv.{end}": pack(b"")})
+    assert FsspecSource(str(tmp_path)).table("c")[0]["x"].to_list() == ["1"]
+
+
+def test_a_folder_of_rows_without_a_value_is_null_in_every_format(tmp_path):
+    write_parts(tmp_path, {"c/day=__HIVE_DEFAULT_PARTITION__/0.csv": b"x\n1\n", "c/day=2/0.csv": b"x\n2\n"})
+    assert dict(FsspecSource(str(tmp_path)).table("c")[0].select("x", "day").rows()) == {"1": None, "2": "2"}
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

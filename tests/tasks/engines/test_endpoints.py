@@ -128,3 +128,16 @@ def test_rows_that_are_cancelled_while_they_wait_leave_no_lock_behind() -> None:
             await asyncio.wait_for(one_round(), 60)
 
     asyncio.run(main())
+
+
+def test_a_server_that_wishes_for_a_long_rest_is_left_to_the_next_run_by_every_row() -> None:
+    one = Pool(URLS[:1], api_key_env="NO_SUCH_KEY", concurrency=3, timeout_s=1, retries=2, backoff_s=0.001)
+
+    async def busy(endpoint: Endpoint) -> None:
+        raise Trouble("come back tomorrow", wait_s=86_400.0)
+
+    async def main() -> list[BaseException | None]:
+        rows = asyncio.gather(*(one.call(busy) for _ in range(20)), return_exceptions=True)
+        return await asyncio.wait_for(rows, 60)
+
+    assert {type(error) for error in asyncio.run(main())} == {Passing}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllmsrec_core.ask import Model
-from tasks.engines.vllm_room import LEAST, MARGIN, Needs, Shown, room, together
+from tasks.engines.vllm_room import LEAST, MARGIN, RECENT, Needs, Shown, room, together
 
 ONE, OTHER = Model("one", "1"), Model("other", "2")
 needs = st.builds(
@@ -67,3 +67,13 @@ def test_pictures_count_as_coming_again_from_the_second_time_on(times, again):
             if turn < count:
                 shown.add([sha256(bytes([number])).hexdigest()])
     assert shown.again == again
+
+
+def test_pictures_shown_in_turn_over_a_long_list_do_not_come_again_while_a_cache_would_hold_them():
+    shown = Shown()
+    for _ in range(2):
+        for number in range(RECENT + 1):
+            shown.add([str(number)])
+    assert shown.again == 0
+    shown.add([str(RECENT)])
+    assert shown.again == 1
