@@ -5,13 +5,34 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 finished or stopped with failed r
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import typer
 
 from flows.commands import bench, deploy, environments, init, keep, look, overrule, run
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command says itself what went wrong
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 26 s on two idle cores the first time; its own limit is 20
+}
+
+
+def quiet() -> None:
+    """Whatever a command starts reports nothing home and says little, unless the environment says otherwise."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, callback=quiet
+)
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (run.demo, init.init, run.plan, run.run, run.retry, run.try_),

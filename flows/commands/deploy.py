@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
 import typer
 
-from flows.commands.run import QUIET
 from flows.commands.shared import (
     Engine,
     Env,
@@ -50,8 +48,6 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Put the pipeline, each stage and gc on a Prefect server, to be scheduled or started from its UI."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     from flows.deployments import deployments, install
 
     with failures_as_exit_codes(as_json):

@@ -37,17 +37,6 @@ Retrain = Annotated[bool, typer.Option("--retrain", help="train anew although th
 Money = Annotated[float | None, typer.Option(min=0, help="money per million tokens, over the profile's")]
 Span = tuple[float, float] | None
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the command says itself what went wrong
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # 26 s on two idle cores the first time; its own limit is 20
-}
-
 
 def demo(
     store: StoreUrl = None,
@@ -172,8 +161,6 @@ def try_(
 
 def perform(config: Config, options: Options, stage: str | None, as_json: bool) -> None:
     """Run every stage or one, show its progress, and say what was published."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
     from flows import pipeline
     from flows.bars import bars
     from tasks.work import environment
