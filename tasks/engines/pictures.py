@@ -6,9 +6,10 @@ before anything is decoded. Knows nothing of where pictures come from.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from io import BytesIO
 from threading import Lock
 
@@ -23,9 +24,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 Image.init()  # Image.open knows only the readers that were loaded
 # Pillow's own 16 MB are few enough for glibc to keep after use; these it returns (measured: 870 MB instead of 1.2 GB).
 Image.core.set_block_size(1 << 26)
-MAX_PIXELS = 64_000_000  # 8,000 x 8,000; a progressive JPEG keeps up to 8 bytes for each until its last scan
-# Formats other than JPEG are decoded at full size, WebP in up to 16 bytes for a pixel, and then turned into RGB.
-MAX_PIXELS_WHOLE = 36_000_000  # 6,000 x 6,000
+MAX_PIXELS = 64_000_000  # 8,000 x 8,000
+# Bytes of memory that one picture may take while it is decoded and turned into RGB, and those of one pixel (measured):
+# a progressive JPEG keeps 2 for each of its colours until the last scan, other formats are decoded at full size.
+MEMORY = 400_000_000
+PER_COLOUR = 2.0
+PER_PIXEL = {"WEBP": 16.5, "AVIF": 12.5, "TIFF": 13.0}
+PER_PIXEL_ELSE = 11.0
 # A progressive JPEG has about ten scans, and each costs a pass over all pixels. libtiff has the same limit.
 MAX_SCANS = 100
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", re.DOTALL)  # of a JPEG: not a stuffed byte, a restart or a filler
@@ -33,6 +38,8 @@ SCAN, END, ALONE = 0xDA, 0xD9, 0x01  # kinds of markers; the last one has no len
 LARGE = 5_000_000  # pixels; larger ones are decoded one at a time, so that memory does not grow with the threads
 STRIP = 1_000_000  # pixels converted at a time
 _large = Lock()
+# glibc keeps what threads have freed: up to 150 MB, measured over the hostile pictures. Other C libraries lack the call.
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 ORIENTATION = 0x0112  # EXIF tag
 LOSSY = ("JPEG", "MPO", "AVIF")  # formats whose pixels are not exact to begin with; WebP comes in both kinds
 QUALITY = 95  # of a JPEG made of one: the most that Pillow's manual advises; more grows the file and changes little
@@ -171,8 +178,16 @@ def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     return ((top, min(height, top + rows)) for top in range(0, height, rows))
 
 
-def _turn(size: tuple[int, int]) -> AbstractContextManager[object]:
-    return _large if size[0] * size[1] > LARGE else nullcontext()
+@contextmanager
+def _turn(size: tuple[int, int]) -> Iterator[None]:
+    """A large picture has its turn alone, after the allocator gave back what smaller ones had left behind."""
+    if size[0] * size[1] <= LARGE:
+        yield
+        return
+    with _large:
+        if TRIM:
+            TRIM(0)
+        yield
 
 
 def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
@@ -185,7 +200,8 @@ def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
         raise ImageRefused(f"{name}: {error}") from error
     width, height = image.size
     scaled = image.format in ("JPEG", "MPO")
-    most = max_pixels if scaled else min(max_pixels, MAX_PIXELS_WHOLE)
+    each = PER_COLOUR * max(3, image.layers) if scaled else PER_PIXEL.get(image.format, PER_PIXEL_ELSE)
+    most = min(max_pixels, int(MEMORY / each))
     if width * height > most:
         raise ImageRefused(f"{name} is {width} x {height}, more than {most:,} pixels")
     if scaled and _scans(content) > MAX_SCANS:

@@ -143,18 +143,17 @@ def bombs() -> dict[str, bytes]:
     jpeg = encoded(noise(1, (512, 512)), "JPEG", progressive=True)
     scan = jpeg[jpeg.rindex(b"\xff\xda") : -2]
     segment = b"\xff\xe1" + struct.pack(">H", 65_535) + bytes(65_533)
-    side = 6_000
-    large = encoded(Image.new("CMYK", (8_000, 8_000)), "JPEG", progressive=True)
+    large = encoded(Image.new("CMYK", (7_000, 7_000)), "JPEG", progressive=True)
     scans = large[large.rindex(b"\xff\xda") : -2] * 80
     return {
         "400 million pixels.png": chunks(header(20_000, 20_000), (b"IDAT", zeros(20_001 * 20_000)), (b"IEND", b"")),
-        "as many pixels as allowed.png": encoded(Image.new("RGBA", (side, side)), "PNG"),
-        "as many pixels as allowed.webp": encoded(Image.new("RGBA", (side, side)), "WEBP", method=0),
-        "as many pixels as allowed.avif": encoded(Image.new("RGBA", (side, side)), "AVIF", speed=10),
-        "as many deep pixels as allowed.tiff": encoded(Image.new("F", (side, side)), "TIFF", compression="tiff_lzw"),
+        "as many pixels as allowed.png": encoded(Image.new("RGBA", (6_000, 6_000)), "PNG"),
+        "as many pixels as allowed.webp": encoded(Image.new("RGBA", (4_900, 4_900)), "WEBP", method=0),
+        "as many pixels as allowed.avif": encoded(Image.new("RGBA", (5_600, 5_600)), "AVIF", speed=10),
+        "as many deep pixels as allowed.tiff": encoded(Image.new("F", (5_500, 5_500)), "TIFF", compression="tiff_lzw"),
         "as many pixels as allowed.jpg": large,
         "as many pixels and scans as allowed.jpg": large[:-2] + scans + large[-2:],
-        "as many pixels as allowed.gif": encoded(Image.new("P", (side, side)), "GIF"),
+        "as many pixels as allowed.gif": encoded(Image.new("P", (6_000, 6_000)), "GIF"),
         "packed text.png": chunks(small[0], (b"zTXt", text), *small[1:]),
         "packed text behind the pixels.png": chunks(*small[:2], *[(b"zTXt", text)] * 4, small[2]),
         "packed colour profile.png": chunks(small[0], (b"iCCP", text), *small[1:]),

@@ -158,12 +158,25 @@ def test_pixels_are_the_same_however_many_are_converted_at_a_time(mode: str, mon
     assert len(set(whole.tobytes())) > 2
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF"])
-def test_formats_that_are_decoded_whole_may_have_fewer_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "MAX_PIXELS_WHOLE", 1_000)
-    with pytest.raises(ImageRefused, match="more than 1,000 pixels"):
-        check(encoded(Image.new("L", (40, 30)), kind))
-    assert check(encoded(Image.new("L", (40, 30)), "JPEG")) == (40, 30)
+@pytest.mark.parametrize(
+    ("kind", "mode", "most"),
+    [
+        ("PNG", "L", 36_363_636),
+        ("GIF", "L", 36_363_636),
+        ("TIFF", "L", 30_769_230),
+        ("AVIF", "RGB", 32_000_000),
+        ("WEBP", "RGB", 24_242_424),
+        ("JPEG", "CMYK", 50_000_000),
+        ("JPEG", "RGB", 64_000_000),
+    ],
+)
+def test_how_many_pixels_are_read_follows_what_a_format_takes_of_memory(
+    kind: str, mode: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MEMORY", pictures.MEMORY // 10_000)
+    with pytest.raises(ImageRefused, match=f"more than {most // 10_000:,} pixels"):
+        check(encoded(Image.new(mode, (100, 65)), kind), max_pixels=6_400)
+    assert check(encoded(Image.new(mode, (100, 24)), kind), max_pixels=6_400) == (100, 24)
 
 
 def test_a_jpeg_drawn_in_endless_scans_is_refused() -> None:
