@@ -15,6 +15,7 @@ from threading import Lock
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from mllmsrec_core.errors import AskError, ImageRefused, ImageUnreadable, Passing
 
@@ -199,8 +200,8 @@ def _opened(content: bytes, max_pixels: int, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageRefused(f"{name}: {error}") from error
     width, height = image.size
-    scaled = image.format in ("JPEG", "MPO")
-    each = PER_COLOUR * max(3, image.layers) if scaled else PER_PIXEL.get(image.format, PER_PIXEL_ELSE)
+    scaled = isinstance(image, JpegImageFile)  # an MPO, too
+    each = PER_COLOUR * max(3, image.layers) if scaled else PER_PIXEL.get(image.format or "", PER_PIXEL_ELSE)
     most = min(max_pixels, int(MEMORY / each))
     if width * height > most:
         raise ImageRefused(f"{name} is {width} x {height}, more than {most:,} pixels")
