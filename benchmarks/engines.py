@@ -33,7 +33,7 @@ import psutil
 import torch
 
 from flows.settings import load
-from mllmsrec_core.ask import Choose, Message, Picture, key
+from mllmsrec_core.ask import Choose, Message, Picture, key, pictures_in
 from mllmsrec_core.errors import AskError
 from mllmsrec_core.prefixes import common
 from mllmsrec_core.stages import sft
@@ -164,7 +164,7 @@ def questions(work: Work, name: str, made: Mapping[str, Any]) -> Iterator[Any]:
 def warm(work: Work, name: str, made: Mapping[str, Any]) -> None:
     """Have the engine open what the stage asks, by a question that the stage does not ask."""
     ask = next(questions(work, name, made))
-    shown = tuple(part for message in ask.messages for part in message.parts if isinstance(part, Picture))
+    shown = tuple(pictures_in(ask.messages))
     with contextlib.suppress(AskError):  # no word is an answer too
         question = replace(ask, messages=(Message("user", ("Are you ready?", *shown)),))
         ENGINE_LOOP.run(work.engine_for(question).answer(question))

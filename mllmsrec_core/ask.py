@@ -147,6 +147,11 @@ class Reply:
     passing: bool = False
 
 
+def pictures_in(messages: Sequence[Message]) -> list[Picture]:
+    """The pictures in these messages, in the order in which the model sees them."""
+    return [part for message in messages for part in message.parts if isinstance(part, Picture)]
+
+
 def kind(ask: Ask) -> Kind:
     """The lower-case name of the question, as used in folder names."""
     return type(ask).__name__.lower()  # type: ignore[return-value]

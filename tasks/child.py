@@ -74,20 +74,18 @@ class Told:
         return cls(**values)
 
 
-def at_hand(
-    name: str, config_json: str, stages: Mapping[str, Any], options: Options, deadline: float | None
-) -> tuple[Work, How]:
+def at_hand(told: Told) -> tuple[Work, How]:
     """What a stage, or a shard of it, works with in this process: for a sample narrowed to it."""
-    work = open_work(config_json)
-    if options.sample and name != "ingest":
-        work = draw_sample(work, stages, options.sample)
-    rank = active_first(work, stages) if options.order == "active" else None
-    return work, How(work.config.settings.window, frozenset(options.retry), deadline=deadline, rank=rank)
+    work, options = open_work(told.config_json), told.options
+    if options.sample and told.name != "ingest":
+        work = draw_sample(work, told.stages, options.sample)
+    rank = active_first(work, told.stages) if options.order == "active" else None
+    return work, How(work.config.settings.window, frozenset(options.retry), deadline=told.deadline, rank=rank)
 
 
 def carry_out(told: Told, progress: Callable[[str, Counts], None]) -> Outcome:
     """Run or reuse the stage in this process."""
-    work, how = at_hand(told.name, told.config_json, told.stages, told.options, told.deadline)
+    work, how = at_hand(told)
     how = replace(how, progress=progress, elsewhere=told.elsewhere)
     try:
         return perform(work, told.name, told.stages, how, told.before, told.options.retrain)
@@ -114,11 +112,18 @@ def why_due(told: Told) -> str | None:
     return None
 
 
+def loads_model(work: Work, name: str) -> bool:
+    """Whether the process that asks the stage's questions loads a model for them."""
+    model = work.models.get(name)
+    served = work.config.settings.engine == "openai" and name not in NO_ENDPOINT
+    return model is not None and model.name != SCRIPTED.name and not served
+
+
 def holds_gpu(work: Work, name: str) -> bool:
     """Whether the stage's engine would hold a GPU of this machine."""
-    settings, model = work.config.settings, work.models.get(name)
-    if model is None or model.name == SCRIPTED.name or (settings.engine == "openai" and name not in NO_ENDPOINT):
+    if not loads_model(work, name):
         return False
+    settings = work.config.settings
     chosen = "auto" if settings.engine == "vllm" and name not in NO_ENDPOINT else settings.device
     return chosen.startswith("cuda") or (chosen == "auto" and _gpu_here())
 

@@ -18,16 +18,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from mllmsrec_core.errors import EngineError, MllmsrecError, UsageError
-from tasks.child import NO_ENDPOINT, StageTimeout, Told, at_hand
+from tasks.child import StageTimeout, Told, at_hand, loads_model
 from tasks.config import Config, Options
-from tasks.engines.scripted import MODEL as SCRIPTED
-from tasks.prefect_tasks import Progress, engine_broke
+from tasks.prefect_tasks import ONCE_MORE, Progress
 from tasks.runner import Counts, Elsewhere
 from tasks.shards import Share, answer, divisible, number_of_shards, refuse_unshared, together
 from tasks.stage_task import STAGE_BY_NAME, code_digest
@@ -37,18 +35,10 @@ CONNECT_S = 10.0  # longer than any network between nodes takes
 LOOK_S = 10.0  # between two looks at the clock and at the nodes
 
 
-@task(
-    name="shard",
-    task_run_name="{told.name} {share}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=1,
-    retry_delay_seconds=5,
-    retry_condition_fn=engine_broke,
-)
+@task(name="shard", task_run_name="{told.name} {share}", **ONCE_MORE)
 def shard_task(told: Told, share: Share, code: str) -> Counts:
     """Ask one share of a stage's rows, on whatever machine this runs; publishes nothing."""
-    work, how = at_hand(told.name, told.config_json, told.stages, told.options, told.deadline)
+    work, how = at_hand(told)
     try:
         return answer(work, told.name, share, told.stages, how, told.before, code)
     except EngineError:
@@ -91,7 +81,7 @@ class Shards(AbstractContextManager["Shards"]):
             return None
         told = Told(self.config.to_json(), name, dict(stages), dict(before), options, deadline)
         try:
-            work, how = at_hand(name, told.config_json, stages, options, deadline)
+            work, how = at_hand(told)
             shards = number_of_shards(work, name, stages, how, before, options.retrain)
         except MllmsrecError:
             return None  # the stage meets the same error, and ends with it as its own
@@ -114,11 +104,11 @@ class Shards(AbstractContextManager["Shards"]):
 
         Raises UsageError where the processes of a node would crowd one device.
         """
-        settings, model = self.settings, work.models.get(name)
-        if model is None:
+        settings = self.settings
+        if name not in work.models:
             return 0.0
-        here = model.name != SCRIPTED.name and (settings.engine != "openai" or name in NO_ENDPOINT)
-        if here and not settings.gpus_per_shard and settings.device != "cpu" and _most_devices():
+        crowds = loads_model(work, name) and not settings.gpus_per_shard and settings.device != "cpu"
+        if crowds and _most_devices():
             raise UsageError(
                 f"{name}: every process of a node would load its model onto the same GPU: add --set "
                 "settings.gpus_per_shard=1, or settings.engine=openai with endpoints, or settings.device=cpu"

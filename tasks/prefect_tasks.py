@@ -96,15 +96,17 @@ def gpu_slot(log: Callable[..., None]) -> Iterator[None]:
         yield
 
 
-@task(
-    name="stage",
-    task_run_name="{name}",
-    cache_policy=NO_CACHE,
-    persist_result=False,
-    retries=1,
-    retry_delay_seconds=5,
-    retry_condition_fn=engine_broke,
-)
+# Nothing of Prefect's cache, and one more try where an engine broke: a stage and its shards alike.
+ONCE_MORE: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 1,
+    "retry_delay_seconds": 5,
+    "retry_condition_fn": engine_broke,
+}
+
+
+@task(name="stage", task_run_name="{name}", **ONCE_MORE)
 def stage_task(
     name: str,
     config_json: str,

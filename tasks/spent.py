@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllmsrec_core.ask import Ask, Choose, Embed, Fetch, Generate, Message, Picture
+from mllmsrec_core.ask import Ask, Choose, Embed, Fetch, Generate, Message, Picture, pictures_in
 from mllmsrec_core.prefixes import shared
 from tasks.engines import Engine
 
@@ -67,7 +67,7 @@ def _counters(engine: Any) -> dict[str, int]:
 def _pictures(ask: Ask) -> int:
     """How many pictures an Ask is about."""
     if isinstance(ask, Generate | Choose):
-        return sum(isinstance(part, Picture) for message in ask.messages for part in message.parts)
+        return len(pictures_in(ask.messages))
     return int(isinstance(ask, Fetch) or (isinstance(ask, Embed) and isinstance(ask.content, Picture)))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllmsrec_core.ask import Ask, Choose, Embed, Fetch, Generate, Message, Picture, Reply, key
+from mllmsrec_core.ask import Ask, Choose, Embed, Fetch, Generate, Message, Picture, Reply, key, pictures_in
 from mllmsrec_core.errors import AskError
 from storage.blobs import Blobs
 from storage.store import Store
@@ -54,7 +54,7 @@ class Anew:
 def pictures(ask: Ask) -> list[Picture]:
     """The pictures a question shows, in order."""
     if isinstance(ask, Generate | Choose):
-        return [part for message in ask.messages for part in message.parts if isinstance(part, Picture)]
+        return pictures_in(ask.messages)
     return [ask.content] if isinstance(ask, Embed) and isinstance(ask.content, Picture) else []
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from mllmsrec_core.ask import Message, Picture
+from mllmsrec_core.ask import Message, Picture, pictures_in
 from mllmsrec_core.errors import AskError, ContextTooLong, EngineError
 from storage.blobs import Blobs
 from tasks.engines.pictures import decode
@@ -78,7 +78,7 @@ class Chat:
 
         A picture in `decoded` is taken from there, and one that is not is put there.
         """
-        shown = [part for message in messages for part in message.parts if isinstance(part, Picture)]
+        shown = pictures_in(messages)
         if shown and not self.sees:
             raise EngineError(f"{self.name} reads no pictures; name a vision-language model, or leave pictures out.")
         self._no_picture_tokens(messages)
@@ -104,7 +104,7 @@ class Chat:
 
         A picture counts as one token, whatever the processor makes of it.
         """
-        shown = iter([mark(part) for message in messages for part in message.parts if isinstance(part, Picture)])
+        shown = iter([mark(picture) for picture in pictures_in(messages)])
         ids = self._words(self.render(messages))
         return tuple(next(shown, token) if token == self.picture_token else token for token in ids)
 

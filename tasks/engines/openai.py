@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllmsrec_core.ask import Ask, Choose, Generate, Message, Model, Picture, Reply, kind
+from mllmsrec_core.ask import Ask, Choose, Generate, Message, Model, Picture, Reply, kind, pictures_in
 from mllmsrec_core.errors import AskError, ContextTooLong, EmptyReply, EngineError
 from storage.blobs import Blobs
 from tasks.engines.adapters import unpack
@@ -302,7 +302,7 @@ def data_url(content: bytes, max_pixels: int | None) -> str:
 
 
 def _pictures(ask: Question) -> int:
-    return sum(isinstance(part, Picture) for message in ask.messages for part in message.parts)
+    return len(pictures_in(ask.messages))
 
 
 def _as_text(ask: Choose) -> dict[str, list[Form]]:

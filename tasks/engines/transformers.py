@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mllmsrec_core.ask import Ask, Choose, Generate, Model, Picture, Reply, kind
+from mllmsrec_core.ask import Ask, Choose, Generate, Model, Reply, kind, pictures_in
 from mllmsrec_core.ask import key as key_of
 from mllmsrec_core.errors import EmptyReply, EngineError, MllmsrecError
 from storage.blobs import Blobs
@@ -145,7 +145,7 @@ class TransformersEngine:
 
 def _group(ask: Question) -> Hashable:
     """Same question form, weights, adapter, decoding or choices, and as many pictures."""
-    pictures = sum(isinstance(part, Picture) for message in ask.messages for part in message.parts)
+    pictures = len(pictures_in(ask.messages))
     how = ask.decoding if isinstance(ask, Generate) else ask.choices
     return kind(ask), ask.model, how, pictures
 
@@ -237,7 +237,7 @@ class _Loaded:
 
     def _marks(self, asks: Sequence[Question], encoded: Encoded, read: Sequence[int]) -> list[tuple[int, ...]] | None:
         """What tells the encoded prompts apart, token by token; None where a prompt has several pictures."""
-        shown = [[part for m in ask.messages for part in m.parts if isinstance(part, Picture)] for ask in asks]
+        shown = [pictures_in(ask.messages) for ask in asks]
         if max(map(len, shown)) > 1:
             return None
         token, found = self.chat.picture_token, list[tuple[int, ...]]()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from mllmsrec_core.ask import Choose, Generate, Model, Picture
+from mllmsrec_core.ask import Choose, Generate, Model, pictures_in
 from mllmsrec_core.errors import EmptyReply
 from storage.blobs import Blobs
 from tasks.engines.chat import Prompt
@@ -58,7 +58,7 @@ class Prompts:
 
     def prepare(self, ask: Question) -> Prepared:
         """Render, decode and tokenise. Raises AskError for a picture that cannot be decoded."""
-        shown = tuple(part.sha256 for message in ask.messages for part in message.parts if isinstance(part, Picture))
+        shown = tuple(picture.sha256 for picture in pictures_in(ask.messages))
         prompt = self.chat.prompt(ask.messages, ask.model.max_pixels)
         with self._tokenizing:
             ids = self.chat.ids(prompt.text)
