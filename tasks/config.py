@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -45,6 +45,9 @@ class Settings(BaseModel):
     flush_seconds: float = Field(default=5.0, gt=0, description="an answer waits at most this long to become durable")
     allow_hosts: tuple[str, ...] = Field(
         default=(), description="hosts images may come from although they are not public"
+    )
+    image_roots: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="folders or URLs, besides the dataset's own, below which pictures may be read"
     )
     keep_images: Literal["copy", "reference"] = Field(
         default="copy",
@@ -109,6 +112,8 @@ class Settings(BaseModel):
         from storage.files import refuse_secrets  # fsspec is slow to import, and `--help` needs none of it
 
         refuse_secrets(self.store, self.storage_options)
+        for root in self.image_roots:
+            refuse_secrets(root, {})
         return self
 
 

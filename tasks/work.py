@@ -167,8 +167,9 @@ def open_work(config_json: str) -> Work:
         name: _resolve(config, stage_params) for name, stage_params in params.items() if hasattr(stage_params, "model")
     }
     locations = {model.slug: location for model, location in resolved.values()}
-    source = FsspecSource(params["ingest"].path or ".")
-    roots = (source.uri(""),) if params["ingest"].path else ()
+    more = tuple(FsspecSource(root).uri("") for root in settings.image_roots)
+    source = FsspecSource(params["ingest"].path or ".", more)
+    roots = source.roots if params["ingest"].path else more
     engines = Engines(store, settings, locations, roots)
     return Work(config, store, params, {name: model for name, (model, _) in resolved.items()}, source, engines)
 

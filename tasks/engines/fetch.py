@@ -54,6 +54,8 @@ LONGEST_WAIT = 10.0  # seconds between two attempts, also where a host asks for 
 DEAD_AFTER = 30.0  # seconds in which a host failed every fetch, `per_host` of them at least
 REST = 60.0  # seconds for which it is left alone then
 
+AGAIN = "then `mllmsrec retry --stage images --class image_refused`"  # a refusal is an answer, and stands until then
+
 
 class Busy(Passing):
     """The host asks to be left alone for `seconds`."""
@@ -214,7 +216,10 @@ class FetchEngine:
         name = shown(uri)
         try:
             if not any(inside(parts(uri)[0], root) for root in self.allow_roots):
-                raise ImageRefused(f"{name} lies outside the allowed roots ({', '.join(self.allow_roots) or 'none'})")
+                raise ImageRefused(
+                    f"{name} lies outside the allowed roots ({', '.join(self.allow_roots) or 'none'}); admit its folder by "
+                    f"settings.image_roots, {AGAIN}"
+                )
             return self.places.read(uri, self.max_bytes)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ImageMissing(f"nothing is at {name}") from error
@@ -288,7 +293,10 @@ class FetchEngine:
             raise Passing(f"{url.host} has no address: {error}") from error
         addresses = [str(info[4][0]) for info in found]
         if not self.allow_hosts & {url.host, f"{url.host}:{port}"} and not all(map(is_public, addresses)):
-            raise ImageRefused(f"{url.host} has an address that is not public ({', '.join(addresses)})")
+            raise ImageRefused(
+                f"{url.host} has an address that is not public ({', '.join(addresses)}); allow it by "
+                f"settings.allow_hosts, {AGAIN}"
+            )
         return addresses[0]
 
     async def _body(self, response: httpx.Response, name: str) -> bytes:

@@ -68,6 +68,7 @@ OTHER = {
     "flush_rows": 3,
     "flush_seconds": 0.5,
     "allow_hosts": '["example.org"]',
+    "image_roots": '["/nowhere"]',
     "scratch": '"/nowhere"',
     "engine": '"openai"',
     "keep_images": '"reference"',

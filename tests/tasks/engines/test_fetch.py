@@ -106,6 +106,20 @@ def test_a_file_outside_the_roots_is_refused_however_it_is_reached(tmp_path):
             only(str(path), allow_roots=[str(root)])
 
 
+def test_a_refused_place_is_named_with_the_setting_that_admits_it_and_the_command_that_asks_again(tmp_path, site):
+    again = "then `mllmsrec retry --stage images --class image_refused`"
+    with pytest.raises(ImageRefused) as outside:
+        only("/elsewhere/a.jpg", allow_roots=[str(tmp_path)])
+    assert str(outside.value) == (
+        f"/elsewhere/a.jpg lies outside the allowed roots ({tmp_path}); admit its folder by settings.image_roots, {again}"
+    )
+    with pytest.raises(ImageRefused) as private:
+        only(f"{site}/a.jpg")
+    assert str(private.value) == (
+        f"127.0.0.1 has an address that is not public (127.0.0.1); allow it by settings.allow_hosts, {again}"
+    )
+
+
 def test_without_roots_no_file_is_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes(JPEG)
     with pytest.raises(ImageRefused):
