@@ -335,7 +335,7 @@ def unit_of(clicks: Head, found: dict[str, Found]) -> list[Line]:
     unit = max(parsed, key=lambda name: parsed[name])
     n, left = parsed[unit], written.height - parsed[unit]
     why = f"{left:,} of the first {written.height:,} values of `{column}` are no such time" if left or not n else ""
-    return [Line("ingest.generic", "at_unit", unit, why, "what times are written in: s, ms, us or iso")]
+    return [Line("ingest.generic", "at_unit", unit, why, "what times are written in: s, ms, us, ns or iso")]
 
 
 def threshold(clicks: Head, found: dict[str, Found]) -> list[Line]:

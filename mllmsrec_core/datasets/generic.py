@@ -17,9 +17,10 @@ from mllmsrec_core import stage
 from mllmsrec_core.datasets import INTERACTIONS, ITEMS, REJECTS, Catalogue
 from mllmsrec_core.stage import Source
 
-Unit = Literal["s", "ms", "us", "iso"]
-TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000}  # a second in each unit
+Unit = Literal["s", "ms", "us", "ns", "iso"]
+TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}  # a second in each unit
 EARLIEST, LATEST = datetime(1990, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)  # a time outside is a wrong unit
+NAIVE = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M")  # many times faster than one pattern of all that may stand there
 NOTHING = ("", "None", "null")  # how exports write that there is no picture
 QUOTED = 80  # characters of a bad value shown in its reject
 
@@ -173,27 +174,43 @@ def moment(name: str, dtype: pl.DataType, unit: Unit) -> pl.Expr:
     elif unit == "iso":
         at = _iso(text(name, dtype).str.strip_chars())
     else:
-        second = TICKS[unit]
-        ticks = _ticks(name, dtype)
-        sane = ticks.is_between(int(EARLIEST.timestamp()) * second, int(LATEST.timestamp()) * second)
-        at = pl.when(sane).then(ticks * (1_000_000 // second)).cast(INTERACTIONS["at"])
+        at = _since_1970(name, dtype, TICKS[unit]).cast(INTERACTIONS["at"])
     return pl.when(at.is_between(EARLIEST, LATEST)).then(at)
 
 
-def _ticks(name: str, dtype: pl.DataType) -> pl.Expr:
-    """A whole number; what has a fraction loses it, and what is no number is null."""
-    if dtype.is_integer() or dtype == pl.Float64:
-        return pl.col(name).cast(pl.Int64, strict=False)
-    written = text(name, dtype).str.strip_chars()
-    whole = written.cast(pl.Int64, strict=False)
-    return pl.coalesce(whole, written.cast(pl.Float64, strict=False).cast(pl.Int64, strict=False))
+def _since_1970(name: str, dtype: pl.DataType, second: int) -> pl.Expr:
+    """Microseconds of a number that counts `second` a second; null for what is none and for what is outside the years.
+
+    Whole numbers are exact. A fraction is kept, rounded to the microsecond, which a Float64 of seconds still tells.
+    """
+    plain = dtype.is_integer() or dtype == pl.Float64
+    written = pl.col(name) if plain else text(name, dtype).str.strip_chars()
+    first, last = int(EARLIEST.timestamp()) * second, int(LATEST.timestamp()) * second
+    whole, real = (written.cast(kind, strict=False) for kind in (pl.Int64, pl.Float64))
+    # judged before they are multiplied: the product of what is far outside wraps around, or fits no integer
+    exact = pl.when(whole.is_between(first, last)).then(_micros(whole, second))
+    near = pl.when(real.is_between(first, last)).then(
+        (real * (1_000_000 / second)).round().cast(pl.Int64, strict=False)
+    )
+    if dtype.is_integer():
+        return exact
+    return near if dtype == pl.Float64 else pl.coalesce(exact, near)
+
+
+def _micros(ticks: pl.Expr, second: int) -> pl.Expr:
+    return ticks // (second // 1_000_000) if second > 1_000_000 else ticks * (1_000_000 // second)
 
 
 def _iso(text: pl.Expr) -> pl.Expr:
-    """ISO 8601 text, a date alone included, as UTC."""
-    text = text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "${1}T00:00:00").str.replace(" ", "T", literal=True)
-    text = text.str.replace(r"[zZ]$", "+00:00").str.replace(r"(T[0-9:.]+)$", "${1}+00:00")
-    return text.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False)
+    """ISO 8601 text as UTC; so is a date alone, a time without seconds, and how Postgres (`+00`), BigQuery (` UTC`) and
+    spreadsheets (`2024/02/29`) write a time."""
+    text = text.str.strip_suffix(" UTC").str.replace("/", "-", literal=True, n=2).str.replace(" ", "T", literal=True)
+    found = [
+        text.str.to_datetime(form, time_unit="us", strict=False) for form in (*NAIVE, *(f"{one}%#z" for one in NAIVE))
+    ]
+    naive, aware = found[: len(NAIVE)], found[len(NAIVE) :]
+    day = text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
+    return pl.coalesce(*aware, *(one.dt.replace_time_zone("UTC") for one in (*naive, day)))
 
 
 def unless(good: pl.Expr, column: str, what: str, ours: str = "rating", *, required: bool) -> pl.Expr:

@@ -69,7 +69,11 @@ def test_a_shop_with_plain_names_is_mapped_without_a_doubt(tmp_path):
         ([str(T), str(T + 5)], "s"),
         ([f"{T}000", f"{T}123"], "ms"),
         ([f"{T}000000", f"{T}123456"], "us"),
+        ([f"{T}000000000", f"{T}123456789"], "ns"),
+        ([f"{T}.5", f"{T}.25"], "s"),
         (["2024-01-02", "2024-01-02 10:00:00"], "iso"),
+        (["2024-01-02 10:00", "2024-01-02 10:00:00+00"], "iso"),
+        (["2024-01-02 10:00:00 UTC", "2024/01/02"], "iso"),
     ],
 )
 def test_the_unit_of_time_is_told_by_its_size(tmp_path, values, unit):

@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from typing import get_args
 
 import polars as pl
 import pytest
@@ -82,6 +83,8 @@ MOMENT = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
         ("s", [f" {MOMENT.timestamp():.1f} "]),
         ("ms", [int(MOMENT.timestamp()) * 1_000]),
         ("us", [int(MOMENT.timestamp()) * 1_000_000]),
+        ("ns", [int(MOMENT.timestamp()) * 1_000_000_000 + 999]),
+        ("ns", [f"{MOMENT.timestamp() * 1e9:.0f}"]),
         (
             "iso",
             [
@@ -90,6 +93,14 @@ MOMENT = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
                 "2024-02-29T12:30:00.000",
                 "2024-02-29T14:30:00+02:00",
                 "2024-02-29 07:30:00.0-0500",
+                "2024-02-29 12:30",
+                "2024-02-29T12:30Z",
+                "2024-02-29 14:30+02",
+                "2024-02-29 12:30:00+00",
+                "2024-02-29 12:30:00.000000+00",
+                "2024-02-29 12:30:00 UTC",
+                "2024-02-29 12:30 UTC",
+                "2024/02/29 12:30:00",
             ],
         ),
         ("s", [MOMENT]),
@@ -100,9 +111,19 @@ def test_a_time_is_read_in_its_unit(tmp_path, unit, values):
     assert times(tmp_path, values, unit) == ([MOMENT] * len(values), [])
 
 
+@pytest.mark.parametrize("dtype", [pl.Float64, pl.String, pl.Decimal(20, 3)])
+@pytest.mark.parametrize(("unit", "second"), [("s", 1), ("ms", 1_000)])
+def test_a_fraction_of_a_tick_is_kept_to_the_microsecond(tmp_path, unit, second, dtype):
+    ticks = [int(MOMENT.timestamp()) * second + part for part in (0.25, 0.75)]
+    values = pl.Series(ticks).cast(dtype).to_list()
+    expected = [MOMENT + timedelta(seconds=part / second) for part in (0.25, 0.75)]
+    assert times(tmp_path, values, unit, dtype) == (expected, [])
+
+
 def test_a_date_alone_is_its_midnight(tmp_path):
     midnight = datetime(2024, 2, 29, tzinfo=UTC)
-    assert times(tmp_path, ["2024-02-29"], "iso")[0] == times(tmp_path, [date(2024, 2, 29)], "s")[0] == [midnight]
+    assert times(tmp_path, ["2024-02-29", "2024/2/29"], "iso") == ([midnight] * 2, [])
+    assert times(tmp_path, [date(2024, 2, 29)], "s") == ([midnight], [])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +132,9 @@ def test_a_date_alone_is_its_midnight(tmp_path):
         ("s", 1_700_000_000_000),  # milliseconds
         ("ms", 1_700_000_000),  # seconds
         ("us", 1_700_000_000_000),
+        ("ns", 1_700_000_000_000_000),
+        ("s", 1e18),
+        ("s", float("nan")),
         ("s", -1),
         ("s", 2**62),  # would wrap around if it were multiplied first
         ("s", "1e300"),
@@ -129,7 +153,7 @@ def test_a_time_outside_1990_to_2100_is_a_reject(tmp_path, unit, value):
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["s", "ms", "us", "iso"]), st.lists(st.text(max_size=30), min_size=1, max_size=8))
+@given(st.sampled_from(get_args(generic.Unit)), st.lists(st.text(max_size=30), min_size=1, max_size=8))
 def test_any_text_is_a_time_or_a_reject(unit, values):
     frame = pl.DataFrame({"at": values}, schema={"at": pl.String})
     at = frame.select(generic.moment("at", pl.String(), unit))["at"]
