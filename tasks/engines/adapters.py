@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
+from uuid import uuid4
 
 from mllmsrec_core.ask import canonical
 from mllmsrec_core.errors import EngineError
@@ -35,12 +37,34 @@ def pack(folder: Path, base: str) -> bytes:
 
 
 def unpack(content: bytes, folder: Path) -> None:
-    """Write the two files of a packed adapter into `folder`. Raises EngineError when it holds anything else."""
+    """Write the two files of a packed adapter into `folder`, named by the adapter's sha256; once it is there it is whole.
+
+    A whole one is left untouched, whoever wrote it: servers may be reading it. Raises EngineError when the blob holds
+    anything else, or the folder something of another size, and OSError where the folder cannot be written.
+    """
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            names = sorted(tar.getnames())
-            if names != [CONFIG, WEIGHTS]:
+            sizes = {entry.name: entry.size for entry in tar.getmembers()}
+            if sorted(tar.getnames()) != [CONFIG, WEIGHTS]:
+                names = sorted(tar.getnames())
                 raise EngineError(f"an adapter holds {CONFIG} and {WEIGHTS}; this blob holds {names}. Train it again.")
-            tar.extractall(folder, filter="data")
+            if not folder.exists():
+                _written(tar, folder)
     except tarfile.TarError as error:
         raise EngineError(f"this blob is no packed adapter: {error}. Name the sha256 of a trained adapter.") from error
+    found = {file.name: file.stat().st_size for file in folder.iterdir() if file.name in sizes}
+    if found != sizes:
+        raise EngineError(f"{folder} holds half an adapter or another; remove it and repeat the command.")
+
+
+def _written(tar: tarfile.TarFile, folder: Path) -> None:
+    """Beside `folder`, then renamed: nobody sees half of it. Whoever was first is as good as we."""
+    beside = folder.with_name(f".{folder.name[:12]}-{uuid4().hex[:8]}")
+    try:
+        tar.extractall(beside, filter="data")  # makes the folders above it too
+        beside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,46 @@ def test_a_tar_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_bytes_that_are_no_tar_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no packed adapter"):
         unpack(b"picture" * 100, tmp_path / "out")
+
+
+def test_a_folder_that_is_whole_is_left_as_it_is_since_a_server_may_be_reading_it(tmp_path: Path) -> None:
+    content, folder = pack(saved(tmp_path / "in", r=4), "base@1"), tmp_path / "seen" / "out"
+    unpack(content, folder)
+    before = {file: (file.stat().st_ino, file.stat().st_ctime_ns) for file in folder.iterdir()}
+    unpack(content, folder)
+    assert {file: (file.stat().st_ino, file.stat().st_ctime_ns) for file in folder.iterdir()} == before
+    assert [file.name for file in folder.parent.iterdir()] == ["out"]
+
+
+def test_many_who_unpack_the_same_at_once_all_find_it_whole(tmp_path: Path) -> None:
+    content, folder = pack(saved(tmp_path / "in", r=4), "base@1"), tmp_path / "seen" / "out"
+    start = threading.Barrier(8)
+
+    def one(_: int) -> bytes:
+        start.wait()
+        unpack(content, folder)
+        return (folder / WEIGHTS).read_bytes()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(one, range(8))) == {b"weights"}
+    assert [file.name for file in folder.parent.iterdir()] == ["out"]
+
+
+def test_half_an_adapter_is_an_engine_error_that_names_the_folder(tmp_path: Path) -> None:
+    content, folder = pack(saved(tmp_path / "in", r=4), "base@1"), tmp_path / "out"
+    unpack(content, folder)
+    (folder / WEIGHTS).write_bytes(b"wei")
+    with pytest.raises(EngineError, match=f"{folder} holds half an adapter"):
+        unpack(content, folder)
+
+
+def test_others_may_read_what_is_unpacked(tmp_path: Path) -> None:
+    unpack(pack(saved(tmp_path / "in", r=4), "base@1"), tmp_path / "out")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_folder_that_cannot_be_written_is_the_callers_to_explain(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        unpack(pack(saved(tmp_path / "in", r=4), "base@1"), tmp_path / "file" / "out")
