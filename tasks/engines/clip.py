@@ -6,6 +6,7 @@ Vectors have norm 1, so a dot product of two is their cosine. Knows nothing of c
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from mllmsrec_core.ask import Ask, Embed, Model, Reply, kind
-from mllmsrec_core.errors import ContextTooLong, EngineError, MllmsrecError
+from mllmsrec_core.errors import AskError, ContextTooLong, EngineError, MllmsrecError
 from storage.blobs import Blobs
 from tasks import torchvision_guard
+from tasks.engines.answers import no_numbers
 from tasks.engines.batching import Batcher, Outcome
 from tasks.engines.checkpoint import DTYPES, location_of, place
 from tasks.engines.pictures import decode
@@ -90,7 +92,10 @@ class ClipEngine:
             vectors = _encode(clip, torch.stack(list(rows.values())), isinstance(asks[0].content, str))
             seconds = (time.perf_counter() - started) / len(asks)
             for place_, vector in zip(rows, vectors, strict=True):
-                outcomes[place_] = Reply(vector, tokens_in=counts[place_], seconds=seconds, engine=self.name)
+                if all(map(math.isfinite, vector)):
+                    outcomes[place_] = Reply(vector, tokens_in=counts[place_], seconds=seconds, engine=self.name)
+                else:
+                    outcomes[place_] = AskError(f"{self.name}: {no_numbers('vector', asks[place_].model)}")
         return [outcomes[place_] for place_ in range(len(asks))]
 
     def _row(self, clip: _Clip, ask: Embed) -> tuple[torch.Tensor, int]:

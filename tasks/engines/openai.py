@@ -22,18 +22,26 @@ from typing import Any
 from PIL import Image
 
 from mllmsrec_core.ask import Ask, Choose, Generate, Message, Model, Picture, Reply, kind, pictures_in
-from mllmsrec_core.errors import AskError, ContextTooLong, EmptyReply, EngineError
+from mllmsrec_core.errors import AskError, EngineError
 from storage.blobs import Blobs
 from tasks.engines.adapters import unpack
-from tasks.engines.answers import chosen, log_sum, seed_of
+from tasks.engines.answers import chosen, seed_of
+from tasks.engines.completions import Form, again, cached_of, first_logs, text_of, too_long, usage_of
 from tasks.engines.endpoints import Endpoint, Pool, Refused, Trouble
 from tasks.engines.pictures import FORMATS, decode, orientation
 
 Question = Generate | Choose
-Form = str | int  # a surface form as text, or its first token's id
 TOO_LONG = re.compile(r"context.?length|maximum (context|model) length|max_model_len|too many tokens", re.I)
+# What servers say of a model without eyes. What they say of a picture ("image is not valid", "does not support image
+# format x") must not match: the row alone has failed then.
+EYES = r"(images?|image_urls?|vision|multi-?modal)( (inputs?|contents?|understanding))?"
 BLIND = re.compile(
-    r"not a multimodal|(image|vision|multimodal)\S* (input\S* )?(is|are) not|does not support image", re.I
+    r"\bnot (a|an) (multi-?modal|vision)"
+    rf"|\b(does not|doesn't|do not|cannot) support {EYES}(?=\s*($|[.,;:!)'\"]| (for|by|with|in) (this|the) (model|server)))"
+    r"|\b(image|vision|multi-?modal) (inputs?|contents?)( (is|are))? not (supported|enabled|available)"
+    r"|\b(images|vision) (is|are) not (supported|enabled) (by|for|in|with) (this|the) (model|server)"
+    r"|\bat most 0 images?\b",
+    re.I,
 )
 # Switches off what a served checkpoint's own generation_config would add; other servers do not know these names.
 PLAIN_SAMPLING = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -101,9 +109,8 @@ class OpenAIEngine:
             raise EngineError(
                 f"{self.name}: state the revision of {ask.model.name} that is served; answers are kept under it."
             )
-        messages = await asyncio.to_thread(self._messages, ask)
         tokens = await self._first_tokens(ask) if isinstance(ask, Choose) else None
-        return await self._pool.call(lambda endpoint: self._attempt(endpoint, ask, messages, tokens))
+        return await self._pool.call(lambda endpoint: self._attempt(endpoint, ask, tokens))
 
     def counters(self) -> dict[str, int]:
         """Totals over the engine's life: see `tasks.engines.Counting`.
@@ -117,26 +124,45 @@ class OpenAIEngine:
         """Close every connection."""
         await self._pool.close()
 
-    async def _attempt(self, endpoint: Endpoint, ask: Question, messages: Any, tokens: Any) -> Reply:
+    async def _attempt(self, endpoint: Endpoint, ask: Question, tokens: Any) -> Reply:
+        """One try at a place that is taken. Pictures are read here: rows that wait, or rest, hold none of them."""
         served = await self._look(endpoint)
         model = await self._model_name(endpoint, served, ask.model)
         forms: dict[str, list[Form]] = {}
         if isinstance(ask, Choose):
             forms = tokens if tokens and served.vllm else _as_text(ask)
+        messages = await asyncio.to_thread(self._messages, ask)
         body = {"model": model, "messages": messages, **self._how(ask, served, forms)}
         started = time.perf_counter()
         try:
             answer = await self._pool.send(endpoint, "POST", "chat/completions", body)
         except Refused as refused:
             raise self._failure(endpoint, served, ask, refused) from None
-        reply = _text(endpoint, answer, ask) if isinstance(ask, Generate) else self._chosen(endpoint, answer, forms)
-        self._count(ask, answer)
+        reply = self._read(endpoint, answer, ask, forms)
         return replace(reply, engine=self.name, seconds=time.perf_counter() - started)
 
+    def _read(self, endpoint: Endpoint, answer: Any, ask: Question, forms: Mapping[str, Sequence[Form]]) -> Reply:
+        try:
+            generates = isinstance(ask, Generate)
+            reply = text_of(endpoint, answer, ask) if generates else self._chosen(endpoint, answer, ask, forms)
+            self._count(ask, answer)
+            return reply
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:  # whatever it made of the form
+            raise AskError(
+                f"{endpoint.url} answers in a form that is not understood ({type(error).__name__}: {error}); use a server "
+                f"that speaks OpenAI's chat completions (`vllm serve`), then {again(AskError)}"
+            ) from error
+
     def _count(self, ask: Question, answer: Any) -> None:
-        cached = _cached(answer)
+        cached = cached_of(answer)
         self._told = self._told or cached is not None
-        self._counters["prompt_tokens"] += _usage(answer)[0]
+        self._counters["prompt_tokens"] += usage_of(answer)[0]
         self._counters["reused_tokens"] += cached or 0
         self._counters["images"] += _pictures(ask)
 
@@ -197,7 +223,7 @@ class OpenAIEngine:
             if name in (served.names or ()):
                 return
             folder = Path(self._folder, adapter).absolute()  # the server starts elsewhere
-            await asyncio.to_thread(lambda: unpack(self.blobs.get(adapter), folder))
+            await asyncio.to_thread(self._unpacked, adapter, folder)
             try:
                 await self._pool.send(
                     endpoint, "POST", "load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
@@ -211,6 +237,16 @@ class OpenAIEngine:
                     ) from None
             self._served[endpoint] = replace(served, names=(served.names or frozenset()) | {name})
 
+    def _unpacked(self, adapter: str, folder: Path) -> None:
+        content = self.blobs.get(adapter)
+        try:
+            unpack(content, folder)
+        except OSError as error:
+            raise EngineError(
+                f"adapter {adapter[:12]} cannot be unpacked into {folder} ({error}); let this user write to "
+                f"`adapter_folder` = {self._folder!r}, or name another folder that the servers see too, and repeat the command."
+            ) from error
+
     def _failure(self, endpoint: Endpoint, served: _Served, ask: Question, refused: Refused) -> Exception:
         """What a lasting refusal means: this row, or everything."""
         if refused.status in (401, 402, 403):
@@ -219,7 +255,7 @@ class OpenAIEngine:
             self._served.pop(endpoint, None)
             return Trouble(f"{refused}")
         if refused.code == "context_length_exceeded" or TOO_LONG.search(refused.message):
-            return ContextTooLong(refused.message)
+            return too_long(endpoint, refused.message)
         if isinstance(ask, Choose) and "logprob" in refused.message:
             return EngineError(
                 f"{endpoint.url} gives no log-probabilities as they are asked for ({refused}); lower `top_logprobs`, or "
@@ -240,17 +276,18 @@ class OpenAIEngine:
             "Set it there, or name another variable in `api_key_env`."
         )
 
-    def _chosen(self, endpoint: Endpoint, answer: Any, forms: Mapping[str, Sequence[Form]]) -> Reply:
+    def _chosen(self, endpoint: Endpoint, answer: Any, ask: Question, forms: Mapping[str, Sequence[Form]]) -> Reply:
         """Log-probabilities of the choices. A form the server does not mention fails the row; it is never guessed."""
-        logs = _first_logs(endpoint, answer)
+        logs = first_logs(endpoint, answer)
         missing = [form for each in forms.values() for form in each if form not in logs]
         if missing:
             raise AskError(
-                f"{endpoint.url} gives the {len(logs)} likeliest tokens, and {_listed(missing)} not among them; raise "
-                "`top_logprobs` (and vLLM's `--max-logprobs`), give the choices fewer forms, or serve with vLLM and name "
-                "the model by its folder or hub id."
+                f"{endpoint.url} gives the {len(logs)} likeliest tokens, and {_listed(missing)} not among them. How many it "
+                "gives is the server's setting: raise `top_logprobs` and, where it refuses so many, its own (vLLM's "
+                f"`--max-logprobs`), then {again(AskError)}. Or give the choices fewer forms, or serve with vLLM and "
+                "name the model by its folder or hub id."
             )
-        return chosen(logs, forms, _usage(answer)[0])
+        return chosen(logs, forms, usage_of(answer)[0], ask.model, endpoint.url)
 
     async def _first_tokens(self, ask: Choose) -> dict[str, list[int]] | None:
         """Token ids by choice, exactly as the transformers engine finds them; None without a tokenizer."""
@@ -311,63 +348,6 @@ def _as_text(ask: Choose) -> dict[str, list[Form]]:
     if len(set(forms)) < len(forms):
         raise EngineError(f"the choices {dict(ask.choices)} share a form; give them forms of their own.")
     return {name: list(dict.fromkeys(each)) for name, each in ask.choices}
-
-
-def _answer(endpoint: Endpoint, answer: Any) -> dict[str, Any]:
-    """The one choice of a completion. Raises Trouble when there is none: proxies answer so in a bad minute."""
-    try:
-        choice = answer["choices"][0]
-        choice["message"]["role"]
-        return choice
-    except (KeyError, IndexError, TypeError):
-        raise Trouble("an answer without choices") from None
-
-
-def _text(endpoint: Endpoint, answer: Any, ask: Generate) -> Reply:
-    choice = _answer(endpoint, answer)
-    if choice.get("finish_reason") == "content_filter":
-        raise AskError(f"{endpoint.url} withholds its answer (content_filter)")
-    read, written = _usage(answer)
-    if (
-        choice.get("finish_reason") == "length" and 0 < written < ask.decoding.max_tokens
-    ):  # vLLM lowers the limit itself
-        raise ContextTooLong(f"the prompt has {read} tokens, and {endpoint.url} has room for only {written} more")
-    text = (choice["message"].get("content") or "").strip()
-    if not text:
-        raise EmptyReply(f"{endpoint.url} wrote nothing ({written} tokens, none of them text)")
-    return Reply(text, tokens_in=read, tokens_out=written)
-
-
-def _first_logs(endpoint: Endpoint, answer: Any) -> dict[Form, float]:
-    """Log-probabilities at the first answer token, by text or by token id."""
-    choice = _answer(endpoint, answer)
-    logprobs = choice.get("logprobs")
-    steps = logprobs.get("content") if isinstance(logprobs, dict) else None
-    if steps is None or (steps and not steps[0].get("top_logprobs")):
-        raise EngineError(
-            f"{endpoint.url} gives no log-probabilities; use a server that does (`vllm serve`), or answer this stage with "
-            "the vllm or transformers engine."
-        )
-    if not steps:
-        raise AskError(f"{endpoint.url} ended its answer before the first token")
-    logs: dict[Form, list[float]] = {}
-    for entry in steps[0]["top_logprobs"]:
-        token_id = entry["token"].removeprefix("token_id:")
-        form: Form = int(token_id) if token_id != entry["token"] and token_id.isdigit() else entry["token"]
-        logs.setdefault(form, []).append(entry["logprob"])
-    return {form: log_sum(values) for form, values in logs.items()}  # two tokens may read alike
-
-
-def _usage(answer: Any) -> tuple[int, int]:
-    usage = answer.get("usage") or {}
-    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-
-
-def _cached(answer: Any) -> int | None:
-    """Tokens of the prompt that the server found in its cache; None where it does not say."""
-    details = (answer.get("usage") or {}).get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return int(cached) if isinstance(cached, int | float) else None
 
 
 def _listed(forms: Sequence[Form]) -> str:

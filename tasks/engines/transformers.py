@@ -23,9 +23,10 @@ from PIL import Image
 
 from mllmsrec_core.ask import Ask, Choose, Generate, Model, Reply, kind, pictures_in
 from mllmsrec_core.ask import key as key_of
-from mllmsrec_core.errors import EmptyReply, EngineError, MllmsrecError
+from mllmsrec_core.errors import AskError, EmptyReply, EngineError, MllmsrecError
 from storage.blobs import Blobs
 from tasks.engines.adapters import unpack
+from tasks.engines.answers import probable
 from tasks.engines.batching import Batcher, Outcome
 from tasks.engines.chat import Chat, Encoded, Prompt, mark
 from tasks.engines.checkpoint import open_checkpoint
@@ -254,7 +255,13 @@ class _Loaded:
         outcomes: list[Outcome] = []
         for row, ask, prompt, tokens in zip(logs, asks, prompts, read, strict=True):
             ids = self.chat.first_tokens(prompt.text, ask.choices)
-            sums = {name: float(np.logaddexp.reduce(row[tokens_of])) for name, tokens_of in ids.items()}
+            with np.errstate(invalid="ignore"):  # what is no number is told of by `probable`
+                sums = {name: float(np.logaddexp.reduce(row[tokens_of])) for name, tokens_of in ids.items()}
+            try:
+                probable(sums, ask.model, "transformers")
+            except AskError as error:
+                outcomes.append(error)
+                continue
             mass = sum(map(exp, sums.values()))
             outcomes.append(Reply({"logprobs": sums, "mass": mass}, tokens_in=tokens, tokens_out=1))
         return outcomes

@@ -119,7 +119,7 @@ class Running:
             tokens = list(answer.token_ids)
             return Reply(self.prompts.text(tokens), tokens_in=read, tokens_out=len(tokens))
         logs = {token: entry.logprob for token, entry in answer.logprobs[0].items()}
-        return chosen(logs, prepared.forms, read)
+        return chosen(logs, prepared.forms, read, ask.model, self.name)
 
     def _count(self, read: int, reused: int, shown: int) -> None:
         for name, count in (("prompt_tokens", read), ("reused_tokens", reused), ("images", shown)):

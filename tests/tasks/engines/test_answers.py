@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllmsrec_core.ask import Decoding, Generate, Message, Model
+from mllmsrec_core.errors import AskError
 from tasks.engines.answers import chosen, log_sum, seed_of
 
+MODEL = Model("m", "1", dtype="float16")
 LOGS = st.lists(st.floats(-50, 0), min_size=1, max_size=20)
 
 
@@ -30,10 +32,22 @@ def test_what_cannot_happen_has_no_weight() -> None:
 
 def test_a_choice_sums_its_forms_and_the_mass_sums_the_choices() -> None:
     logs = {1: math.log(0.5), 2: math.log(0.125), 3: math.log(0.25), 4: math.log(0.1)}
-    reply = chosen(logs, {"yes": [1, 2], "no": [3]}, tokens_in=7)
+    reply = chosen(logs, {"yes": [1, 2], "no": [3]}, 7, MODEL, "here")
     assert reply.value["logprobs"] == pytest.approx({"yes": math.log(0.625), "no": math.log(0.25)})
     assert reply.value["mass"] == pytest.approx(0.875)
     assert (reply.tokens_in, reply.tokens_out) == (7, 1)
+
+
+@pytest.mark.parametrize("yes, no", [(math.nan, -1.0), (-1.0, math.nan), (-math.inf, -math.inf), (math.inf, -1.0)])
+def test_what_is_no_probability_fails_its_row_and_is_never_a_success(yes: float, no: float) -> None:
+    with pytest.raises(AskError, match="http://here: m@1 gives no finite probabilities in float16") as caught:
+        chosen({1: yes, 2: no, 3: yes}, {"yes": [1, 3], "no": [2]}, 7, MODEL, "http://here")
+    assert "bfloat16 or float32" in str(caught.value) and "mllmsrec retry --class ask_failed" in str(caught.value)
+
+
+def test_one_impossible_choice_beside_a_possible_one_is_an_answer() -> None:
+    reply = chosen({1: -math.inf, 2: -1.0}, {"yes": [1], "no": [2]}, 7, MODEL, "here")
+    assert reply.value == {"logprobs": {"yes": -math.inf, "no": -1.0}, "mass": pytest.approx(math.exp(-1))}
 
 
 def test_a_seed_belongs_to_its_question_and_survives_json() -> None:

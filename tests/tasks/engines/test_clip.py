@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mllmsrec_core.ask import Embed, Picture, Reply
-from mllmsrec_core.errors import ContextTooLong, EngineError, ImageUnreadable
-from tasks.engines.clip import ClipEngine
+from mllmsrec_core.errors import AskError, ContextTooLong, EngineError, ImageUnreadable
+from tasks.engines.clip import WEIGHTS, ClipEngine
 
 
 @pytest.fixture(scope="session")
@@ -58,3 +58,21 @@ def test_a_folder_without_safetensors_weights_is_refused(blobs: Any, base: Any, 
     engine = ClipEngine(blobs, {base.model.slug: str(tmp_path)})
     [error] = ask_all(engine, [Embed(base.model, "a mug")])
     assert isinstance(error, EngineError) and "open_clip_model.safetensors" in str(error)
+
+
+def test_a_vector_that_is_none_fails_its_row_and_is_never_a_success(
+    blobs: Any, base: Any, colours: Any, ask_all: Any, tmp_path: Any
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base.location, tmp_path / "broken")
+    weights = load_file(folder / WEIGHTS)
+    save_file(
+        {name: one * math.nan if name == "visual.proj" else one for name, one in weights.items()}, folder / WEIGHTS
+    )
+    asks = [Embed(base.model, content) for content in ("a red mug", colours["red"])]
+    text, picture = ask_all(ClipEngine(blobs, {base.model.slug: str(folder)}), asks)
+    assert isinstance(text, Reply)
+    assert type(picture) is AskError and "no finite vector in float32" in str(picture) and "retry" in str(picture)

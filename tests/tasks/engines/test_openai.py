@@ -207,6 +207,24 @@ def test_a_server_sees_the_pixels_every_engine_sees(form: str, mode: str, max_pi
     assert seen.tobytes() == decode(buffer.getvalue(), max_pixels).tobytes()
 
 
+def test_a_row_reads_its_pictures_once_it_has_a_place_and_again_after_a_rest(
+    engine: Any, server: Server, blobs: Any, ask_all: Any, colours: Any, monkeypatch: Any
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(blobs, "get", lambda sha256, get=blobs.get: read.append(sha256) or get(sha256))
+    at: list[int] = []
+
+    def chat(body: Any, number: int) -> Answer:
+        at.append(len(read))
+        return refusal(500, "oh") if number == 2 else completion()
+
+    server.chat = chat
+    shown = (Message("user", ("red?", colours["red"])),)
+    asks = [replace(ASK, messages=shown, decoding=Decoding(8 + n)) for n in range(6)]
+    assert all(isinstance(reply, Reply) for reply in ask_all(engine(concurrency=1), asks))
+    assert at == [1, 2, 3, 4, 5, 6, 7]  # never more than the request under way
+
+
 def test_a_picture_that_cannot_be_decoded_fails_alone(engine: Any, blobs: Any, ask_all: Any) -> None:
     broken = Picture(blobs.put(b"no picture"))
     bad, good = ask_all(engine(), [replace(ASK, messages=(Message("user", ("red?", broken)),)), ASK])
@@ -346,6 +364,8 @@ def test_a_prompt_that_is_too_long_fails_alone(
     bad, good = ask_all(engine(), [replace(ASK, decoding=Decoding(99)), ASK])
     assert isinstance(bad, ContextTooLong) and isinstance(good, Reply)
     assert len(server.bodies()) == 2  # never tried again
+    assert server.url in str(bad) and "`--max-model-len`" in str(bad)
+    assert "`mllmsrec retry --stage STAGE --class context_too_long`" in str(bad)
 
 
 def test_other_refusals_fail_their_row(engine: Any, server: Server, ask_all: Any) -> None:
@@ -366,6 +386,7 @@ def test_a_text_that_the_server_cut_for_lack_of_room_is_too_long(engine: Any, se
     server.chat = first(completion(finish="length"), 99)  # 5 tokens
     short, whole = ask_all(engine(), [ASK, replace(ASK, decoding=Decoding(5))])
     assert isinstance(short, ContextTooLong) and "room for only 5" in str(short)
+    assert "--max-model-len" in str(short) and "--class context_too_long" in str(short)
     assert isinstance(whole, Reply)
 
 
@@ -385,6 +406,8 @@ def test_a_form_outside_the_top_tokens_is_a_failed_row_and_never_a_guess(
     server.chat = lambda body, number: scored({"yes": -0.1, "no": -3.0} if number == 1 else TOP)
     bad, good = ask_all(engine(concurrency=1), [CHOOSE, replace(CHOOSE, messages=ASK.messages * 2)])
     assert type(bad) is AskError and "'Yes' is not among them" in str(bad) and "top_logprobs" in str(bad)
+    assert "the server's setting" in str(bad) and "--max-logprobs" in str(bad)
+    assert "`mllmsrec retry --stage STAGE --class ask_failed`" in str(bad)
     assert isinstance(good, Reply)
 
 
@@ -399,6 +422,49 @@ def test_an_answer_that_ended_before_its_first_token_fails_its_row(engine: Any, 
     server.chat = first(completion("", {"content": []}), 99)
     [error] = ask_all(engine(), [CHOOSE])
     assert type(error) is AskError
+
+
+@pytest.mark.parametrize("floor", [-9999.0, -math.inf])
+def test_choices_that_are_all_impossible_to_the_model_fail_their_row(
+    floor: float, engine: Any, server: Server, ask_all: Any
+) -> None:
+    server.chat = lambda body, number: scored(dict.fromkeys(TOP, floor) | {"maybe": -0.1})
+    [error] = ask_all(engine(), [CHOOSE])
+    assert type(error) is AskError and "no finite probabilities" in str(error) and server.url in str(error)
+
+
+def odd(**changes: Any) -> Answer:
+    answer = completion()
+    answer.body["choices"][0] |= {name: one for name, one in changes.items() if name != "usage"}
+    answer.body |= {name: one for name, one in changes.items() if name == "usage"}
+    return answer
+
+
+ODD = {
+    "parts": odd(message={"role": "assistant", "content": [{"type": "text", "text": "A red mug."}]}),
+    "usage": odd(usage="11 tokens"),
+    "prompt_tokens": odd(usage={"prompt_tokens": "eleven"}),
+    "endless": odd(usage={"prompt_tokens": math.inf}),
+    "choice": odd(finish_reason=None, message={"role": "assistant", "content": 5}),
+}
+ODD_LOGS = {
+    "null": {"content": [{"token": "yes", "top_logprobs": [{"token": "yes", "logprob": None}]}]},
+    "words": {"content": [{"token": "yes", "top_logprobs": [{"token": "yes", "logprob": "likely"}]}]},
+    "no token": {"content": [{"token": "yes", "top_logprobs": [{"logprob": -0.5}]}]},
+    "no list": {"content": [{"token": "yes", "top_logprobs": {"yes": -0.5}}]},
+    "no steps": {"content": {"yes": -0.5}},
+}
+
+
+@pytest.mark.parametrize("name", [*ODD, *ODD_LOGS])
+def test_an_answer_in_another_form_fails_its_row_with_the_name_of_the_endpoint(
+    name: str, engine: Any, server: Server, ask_all: Any
+) -> None:
+    server.chat = first(ODD[name] if name in ODD else completion("yes", ODD_LOGS[name]), 99)
+    [error] = ask_all(engine(), [ASK if name in ODD else CHOOSE])
+    assert type(error) is AskError
+    assert f"{server.url} answers in a form that is not understood" in str(error)
+    assert len(server.bodies()) == 1
 
 
 def test_choices_that_share_a_form_are_an_engine_error(engine: Any, ask_all: Any) -> None:
@@ -452,6 +518,20 @@ def test_vllm_loads_an_adapter_once_from_the_shared_folder(
     assert {body["model"] for body in server.bodies()} == {f"adapter-{adapter[:12]}"}
 
 
+def test_an_adapter_folder_that_cannot_be_written_is_an_engine_error_that_names_the_setting(
+    *, engine: Any, server: Server, blobs: Any, ask_all: Any, tmp_path: Any
+) -> None:
+    from tasks.engines.adapters import CONFIG, WEIGHTS, pack
+
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
+    (tmp_path / "file").write_text("in the way")
+    server.paths["models"] = lambda _: cards("shop-vlm", owner="vllm")
+    tuned = replace(ASK, model=replace(MODEL, adapter=blobs.put(pack(tmp_path, "shop-vlm"))))
+    [error] = ask_all(engine(adapter_folder=str(tmp_path / "file")), [tuned])
+    assert isinstance(error, EngineError) and "`adapter_folder`" in str(error) and "write" in str(error)
+
+
 def test_a_name_that_vllm_does_not_serve_is_an_engine_error_that_lists_those_it_does(
     engine: Any, server: Server, ask_all: Any
 ) -> None:
@@ -501,12 +581,49 @@ def test_a_used_up_quota_is_an_engine_error_at_once(engine: Any, server: Server,
     assert len(server.bodies()) == 1
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "shop-vlm is not a multimodal model",
+        "This model does not support image input.",
+        "The model shop-vlm doesn't support images",
+        "image input is not supported - hint: you may need to provide the mmproj",
+        "Image inputs are not supported by this model",
+        "multimodal inputs not supported",
+        "Images are not supported by this model.",
+        "At most 0 image(s) may be provided in one prompt.",
+    ],
+)
 def test_a_model_that_reads_no_pictures_is_an_engine_error(
-    engine: Any, server: Server, ask_all: Any, colours: Any
+    message: str, engine: Any, server: Server, ask_all: Any, colours: Any
 ) -> None:
-    server.chat = first(refusal(400, "shop-vlm is not a multimodal model"), 99)
+    server.chat = first(refusal(400, message), 99)
     [error] = ask_all(engine(), [replace(ASK, messages=(Message("user", ("red?", colours["red"])),))])
     assert isinstance(error, EngineError) and "reads no pictures" in str(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Provided image is not valid.",
+        "The image is not a valid JPEG",
+        "image_url is not reachable",
+        "image is not in a supported format",
+        "The server does not support image/webp",
+        "This model does not support image format GIF",
+        "does not support images larger than 20 MB",
+        "Animated images are not supported",
+        "At most 10 image(s) may be provided in one prompt.",
+    ],
+)
+def test_a_picture_that_the_server_refuses_fails_its_row_alone(
+    message: str, engine: Any, server: Server, ask_all: Any, colours: Any
+) -> None:
+    server.chat = lambda body, number: refusal(400, message) if body["max_tokens"] == 99 else completion()
+    shown = replace(ASK, messages=(Message("user", ("red?", colours["red"])),))
+    bad, good = ask_all(engine(), [replace(shown, decoding=Decoding(99)), shown])
+    assert type(bad) is AskError and message in str(bad)
+    assert isinstance(good, Reply)
 
 
 def test_a_server_without_a_list_of_models_is_asked_all_the_same(engine: Any, server: Server, ask_all: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mllmsrec_core.ask import Choose, Decoding, Generate, Message, Picture, Reply, Train, digest
-from mllmsrec_core.errors import ContextTooLong, EngineError, ImageUnreadable
+from mllmsrec_core.errors import AskError, ContextTooLong, EngineError, ImageUnreadable
 from mllmsrec_core.recipe import Recipe
 from tasks.engines.chat import Chat
 from tasks.engines.checkpoint import open_checkpoint
@@ -254,3 +254,20 @@ def test_a_checkpoint_that_lacks_weights_is_an_engine_error(
     engine = TransformersEngine(blobs, {base.model.slug: str(folder)})
     [error] = ask_all(engine, [Choose(base.model, says("red?"), YES_NO)])
     assert isinstance(error, EngineError) and "no weights for" in str(error)
+
+
+def test_probabilities_that_are_none_fail_their_rows_and_are_never_a_success(
+    *, base: Any, blobs: Any, says: Any, ask_all: Any, tmp_path: Any
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base.location, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight") and "language" in name)
+    save_file(weights | {name: weights[name] * math.nan}, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = TransformersEngine(blobs, {base.model.slug: str(folder)})
+    for error in ask_all(engine, [Choose(base.model, says(text), YES_NO) for text in ("red?", "blue?")]):
+        assert type(error) is AskError and "no finite probabilities in float32" in str(error)
+        assert "bfloat16" in str(error) and "retry" in str(error)
