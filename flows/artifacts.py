@@ -17,6 +17,7 @@ from prefect.logging import get_run_logger
 from mllmsrec_core.errors import MllmsrecError
 from mllmsrec_core.plan import cause
 from storage.store import Store
+from tasks import failures
 from tasks.child import Told, why_due
 from tasks.config import Config, Options
 from tasks.report.shown import Shown
@@ -105,7 +106,8 @@ def funnel(before: Mapping[str, Any], made: Mapping[str, Any], reused: set[str])
     """One line per table that the run shows: reused or why it was made, its rows, and what that took."""
     lines = []
     for name, record in made.items():
-        counts, last = record["counts"], before.get(name)
+        counts = {**record["counts"], "failed": sum(failures.counts(record).values())}
+        last = before.get(name)
         why = "reused" if name in reused else cause(record["parts"], last and last["parts"])
         numbers = (*(counts.get(count, 0) for count in COUNTS), record["seconds"])
         lines += [(name, table, pointer["rows"], why, *numbers) for table, pointer in record["tables"].items()]

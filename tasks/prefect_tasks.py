@@ -26,6 +26,7 @@ from prefect.states import Completed
 from mllmsrec_core.errors import EngineError
 from tasks.child import Outcome, StageTimeout, Told, carry_out, carry_out_apart, holds_gpu, why_due
 from tasks.config import Options
+from tasks.failures import summary
 from tasks.runner import Counts, Elsewhere
 from tasks.work import open_work
 
@@ -129,10 +130,10 @@ def stage_task(
     if reused:
         log.info("%s: reused, nothing it depends on has changed since %s: %s", name, record["at"], rows)
         return Completed(name="Cached", message=f"{rows}, made {record['at']}", data=record)
-    counts = record["counts"]
+    counts, lost = record["counts"], summary(record)
     log.info(
-        "%s: done in %.1f s: %s; asked %d, known %d, failed %d, not reached %d",
-        *(name, record["seconds"], rows, counts["asked"], counts["known"], counts["failed"], counts["unreached"]),
+        "%s: done in %.1f s: %s; asked %d, known %d, failed %s, not reached %d",
+        *(name, record["seconds"], rows, counts["asked"], counts["known"], lost or 0, counts["unreached"]),
     )
     return Completed(message=rows, data=record)
 

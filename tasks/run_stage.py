@@ -7,7 +7,8 @@ it was, marked stale. Tables first, then the record that points at them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -75,17 +76,18 @@ def run_stage(
     if stage.ask is not None:
         made = _ask_all(store, stage, inputs, rows, parts, engine_for, how, last)
     counts = made.counts
+    shaped = stage.tables(inputs, made.done.select(*done_schema(stage)) if stage.ask else made.done)
+    frames = {name: conform(frame, stage.writes[name]) for name, frame in shaped.items()}
     about = {
         "stage": stage.name,
         "parts_of_fingerprint": parts,
         "counts": counts.__dict__,
+        "failures": counted(frames.values()),
         "coverage": coverage(counts),
         "engine": engine_figures(counts),
         "seconds": round(time.monotonic() - started, 3),
         "version": mllmsrec_core.__version__,
     }
-    shaped = stage.tables(inputs, made.done.select(*done_schema(stage)) if stage.ask else made.done)
-    frames = {name: conform(frame, stage.writes[name]) for name, frame in shaped.items()}
     seconds = time.monotonic() - started
     record = {
         "stage": stage.name,
@@ -94,6 +96,7 @@ def run_stage(
         "tables": {name: _publish(store, name, frame, about) for name, frame in frames.items()},
         "carried": _publish_carried(store, stage, made, about),
         "counts": counts.__dict__,
+        "failures": about["failures"],
         "coverage": coverage(counts),
         "engine": about["engine"],
         "seconds": round(time.monotonic() - started, 3),
@@ -106,6 +109,26 @@ def run_stage(
             store.envs.write_record(stage.name, name, record)
     store.replies.compact()
     return record
+
+
+def failed(frame: pl.DataFrame) -> pl.DataFrame:
+    """The rows whose question failed, with its `class`.
+
+    A picture that is lost for good says so in `reason` alone: it counts against no error rate, and is a failure to show.
+    """
+    if "error" not in frame.columns:
+        return frame.clear()
+    names = [name for name in ("error", "reason") if name in frame.columns]
+    return frame.with_columns(pl.coalesce(names).alias("class")).drop_nulls("class")
+
+
+def counted(frames: Iterable[pl.DataFrame]) -> dict[str, int]:
+    """Error class -> rows of the tables that failed with it, by name."""
+    classes = Counter[str]()
+    for frame in frames:
+        rows = failed(frame)
+        classes.update(dict(rows["class"].value_counts().iter_rows()) if rows.height else {})
+    return dict(sorted(classes.items()))
 
 
 def coverage(counts: Counts) -> float:

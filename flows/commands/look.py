@@ -29,6 +29,7 @@ from mllmsrec_core.errors import UsageError, nearest
 
 def status(profiles: Profiles = [], store: StoreUrl = None, env: Env = None, as_json: Json = False) -> None:
     """What the environment shows: one line per stage."""
+    from tasks import failures
     from tasks.environments import coverage
 
     with failures_as_exit_codes(as_json):
@@ -42,9 +43,10 @@ def status(profiles: Profiles = [], store: StoreUrl = None, env: Env = None, as_
             tables = ", ".join(f"{table} ({pointer['rows']:,})" for table, pointer in record["tables"].items())
             if as_json:
                 kept = {key: record[key] for key in ("tables", "counts", "seconds", "at")}
-                emit("stage", stage=name, coverage=part, **kept)
+                emit("stage", stage=name, coverage=part, failures=failures.counts(record), **kept)
             fresh = [f"{100 * part:.1f} %"] if partly else []
-            cells = (counts["asked"], counts["known"], counts["failed"], *fresh, record["seconds"], record["at"])
+            lost = failures.summary(record) or "0"
+            cells = (counts["asked"], counts["known"], lost, *fresh, record["seconds"], record["at"])
             table.add_row(name, tables, *(str(cell) for cell in cells))
         if not as_json:
             out.print(table)

@@ -172,7 +172,7 @@ def perform(config: Config, options: Options, stage: str | None, as_json: bool) 
         else:
             made, path = {}, pipeline.pipeline(config.params, config.settings, options)
     _announce(made, as_json)
-    _say_what_is_left(config, environment(config, options.sample), stage, as_json)
+    _say_what_is_lost_or_left(config, environment(config, options.sample), stage, as_json)
     if path:
         end_with(path, as_json)
 
@@ -203,14 +203,20 @@ def _announce(made: dict[str, Any], as_json: bool) -> None:
                 say(f"{name}: {table}, {pointer['rows']:,} rows ({pointer['digest'][:12]})")
 
 
-def _say_what_is_left(config: Config, env: str, stage: str | None, as_json: bool) -> None:
-    """Name the stages of this run that were not reached, or whose rows are not all up to date."""
+def _say_what_is_lost_or_left(config: Config, env: str, stage: str | None, as_json: bool) -> None:
+    """Name the stages of this run with failed rows, that were not reached, or whose rows are not all up to date."""
     from mllmsrec_core.stages import STAGES
+    from tasks import failures
     from tasks.environments import coverage
     from tasks.work import open_work
 
     shown = open_work(config.to_json()).store.envs.current(env)["stages"]
     for name in [stage] if stage else [one.name for one in STAGES]:
+        lost = failures.counts(shown[name]) if name in shown else {}
+        if lost and as_json:
+            emit("failed", stage=name, classes=lost)
+        elif lost:
+            say(f"{name}: failed rows: {failures.summary(shown[name])}; see mllmsrec errors --stage {name}")
         part = coverage(shown[name]) if name in shown else 0.0
         if part < 1 and as_json:
             emit("left", stage=name, coverage=part)

@@ -33,7 +33,13 @@ def states(shop, *roots):
     work, records = open_work(load((), told, {}).to_json()), {}
     for stage in ("ingest", "images"):
         records[stage], _ = perform(work, stage, records, How(), {})
-    images = work.store.tables.read("images", records["images"]["tables"]["images"]["write_id"])
+    write_id = records["images"]["tables"]["images"]["write_id"]
+    images, manifest = work.store.tables.read("images", write_id), work.store.tables.manifest("images", write_id)
+    assert (
+        manifest["failures"]
+        == records["images"]["failures"]
+        == dict(images["reason"].drop_nulls().value_counts().iter_rows())
+    )
     return dict(images.group_by("status").agg(pl.len()).iter_rows())
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from flows.commands.run import duration, interval, total
 from storage.store import Store
+from tests.tasks.shop import N_ITEMS, a_shop, sets
 
 
 def of(events: list[dict], kind: str) -> list[dict]:
@@ -159,6 +160,28 @@ def test_stages_a_budget_did_not_reach_are_named(cli, profile, tmp_path):
     assert code == 0 and events[-1]["event"] == "report"
     left = {event["stage"]: event["coverage"] for event in of(events, "left")}
     assert left["caption"] == left["score"] == 0.0 and "ingest" not in left
+
+
+def test_pictures_that_are_lost_for_good_are_told_by_the_run_the_status_and_the_list_of_errors(cli, words, tmp_path):
+    root, store = tmp_path / "shop", tmp_path / "new"
+    a_shop().write(root)
+    (root / "pictures").rename(tmp_path / "pictures")
+    (root / "items.csv").write_text((root / "items.csv").read_text().replace("pictures/i0", f"{tmp_path}/pictures/i0"))
+    told = [word for value in sets(root, store) for word in ("--set", value)]
+    assert cli("run", *told, "--stage", "ingest", "--yes", store=store)[0] == 0
+    code, events = cli("run", *told, "--stage", "images", "--yes", store=store)
+    lost = {"image_missing": N_ITEMS - 10, "image_refused": 10}
+    assert (code, of(events, "failed")) == (0, [{"event": "failed", "stage": "images", "classes": lost}])
+    assert {event["stage"]: event["failures"] for event in cli("status", store=store)[1]} == {
+        "ingest": {},
+        "images": lost,
+    }
+    _, refused = cli("errors", "--stage", "images", "--class", "image_refused", store=store)
+    assert [event["row"] for event in refused] == [f"item_id=i0{n}" for n in range(10)]
+    assert all("settings.image_roots" in event["detail"] for event in refused)
+    admitted = [*told, "--set", f'settings.image_roots=["{tmp_path}/pictures"]']
+    code, events = cli("retry", *admitted, "--stage", "images", "--class", "image_refused", store=store)
+    assert (code, of(events, "failed")[0]["classes"]) == (0, {"image_missing": N_ITEMS - 10})
 
 
 def test_a_trial_shows_prompts_and_publishes_nothing(cli, shop, profile):
