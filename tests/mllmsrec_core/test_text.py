@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,7 +16,8 @@ TOKENS = (
     "<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>", "<image>", "<img>", "<IMG_CONTEXT>", "<start_of_turn>",
     "<end_of_turn>", "<start_of_image>", "<extra_id_0>", "<fim-prefix>", "<sop>", "<think>", "<tool_call>", "<<SYS>>",
     "<</SYS>>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[gMASK]", "[CLS]",
-    "[SEP]", "[MASK]", "<｜begin▁of▁sentence｜>", "<｜Assistant｜>",
+    "[SEP]", "[MASK]", "[sMASK]", "[PAD]", "[UNK]", "[BOS]", "[EOS]", "[SYS]", "[/SYS]", "[IMG_END]", "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[/AVAILABLE_TOOLS]", "<｜begin▁of▁sentence｜>", "<｜Assistant｜>",
 )  # fmt: skip
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u202e"
 
@@ -22,7 +25,26 @@ pieces = st.one_of(
     st.text(max_size=20),
     st.text(st.characters(), max_size=20),
     st.sampled_from(
-        [*TOKENS, "<|", "|>", "<", ">", "[", "]", "/", "«", "»", "…", "ﬃ", "ﷺ", "\u0301", "\ud800", *INVISIBLE]
+        [
+            *TOKENS,
+            "[REC]",
+            "[/PC]",
+            "<|",
+            "|>",
+            "<",
+            ">",
+            "[",
+            "]",
+            "/",
+            "«",
+            "»",
+            "…",
+            "ﬃ",
+            "ﷺ",
+            "\u0301",
+            "\ud800",
+            *INVISIBLE,
+        ]
     ),
 )
 hostile = st.lists(pieces, max_size=30).map("".join)
@@ -81,8 +103,31 @@ def test_ordinary_text_stays_as_it_is():
         assert clean(text) == text
 
 
+@pytest.mark.parametrize(
+    ("title", "cleaned"),
+    [
+        ("[REC] (2007)", "(REC) (2007)"),
+        ("[REC]² (2009)", "(REC)2 (2009)"),
+        ("Diablo II [PC]", "Diablo II (PC)"),
+        ("Diablo II [XBOX][DVD]", "Diablo II (XBOX)(DVD)"),
+        ("Album [/REMIX]", "Album (/REMIX)"),
+        ("[[INST]REC]", "[ REC]"),
+        ("[IN[REC]ST]", "[IN(REC)ST]"),
+        ("[[REC]]", "[(REC)]"),
+    ],
+)
+def test_titles_in_brackets_keep_their_words(title, cleaned):
+    assert clean(title) == cleaned
+
+
+@given(hostile)
+def test_no_word_in_capitals_is_left_in_brackets(text):
+    assert not re.search(r"\[/?[gs]?[A-Z_]{2,20}\]", clean(text))
+
+
 @given(hostile, st.integers(1, 80))
 @example("ab   " * 30, 13)
+@example("[REC] " * 30, 13)
 @example("…" * 30, 20)
 @example("<|<|x|>|>", 20)
 @example("e\u200b\u0301", 20)
