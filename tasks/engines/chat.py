@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from mllmsrec_core.ask import Message, Picture, pictures_in
-from mllmsrec_core.errors import AskError, ContextTooLong, EngineError
+from mllmsrec_core.errors import AskError, ContextTooLong, EngineError, Passing
 from storage.blobs import Blobs
 from tasks.engines.pictures import decode
+from tasks.engines.refusals import lasting, out_of_memory
 
 KEPT_TEXTS = 512  # prompts whose words are kept from being put in order to being encoded: twice the default window
 TAIL_CHARS = 8  # every prompt of a template ends alike; only this much can merge with the beginning of an answer
@@ -121,7 +122,8 @@ class Chat:
         tensors once: see `Encoded.shown`. Padding is then on the left.
 
         Prompts of one call have equally many pictures. A prompt that is too long, or that the processor refuses, fails
-        alone; the others are encoded as if it had not been there.
+        alone; the others are encoded as if it had not been there. Raises EngineError, or torch's own where a smaller
+        batch may do, when memory runs out, which says nothing of any prompt.
         """
         if not prompts:
             return Encoded({}, [], {})
@@ -129,6 +131,8 @@ class Chat:
         try:
             tensors, shown = (once and self._once(prompts)) or (self._tensors(prompts, side), None)
             failed = _too_long(tensors["attention_mask"], room)
+        except (EngineError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             tensors, failed = {}, self._refused(prompts, side)
             if not failed:
@@ -199,7 +203,15 @@ class Chat:
             return dict(self.tokenizer(texts, **how))
         shown = any(prompt.pictures for prompt in prompts)
         pictures = [list(prompt.pictures) for prompt in prompts] if shown else None
-        return dict(self.front(text=texts, images=pictures, **how))
+        try:
+            return dict(self.front(text=texts, images=pictures, **how))
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
+                raise
+            raise EngineError(
+                f"no memory for the pictures of {len(prompts)} prompts to {self.name} ({type(error).__name__}: {error}); "
+                "lower `max_pixels`, `batch_size` or `window`. Everything answered before is kept; repeat the command."
+            ) from error
 
     def _once(self, prompts: Sequence[Prompt]) -> tuple[dict[str, torch.Tensor], list[int]] | None:
         """Tensors with each picture once, and which of them each row shows; None where that would be no gain.
@@ -242,9 +254,17 @@ class Chat:
         for place, prompt in enumerate(prompts):
             try:
                 self._tensors([prompt], side)
+            except (EngineError, torch.OutOfMemoryError):
+                raise
             except Exception as error:
-                failed[place] = AskError(f"the processor of {self.name} refuses this prompt: {error}")
+                failed[place] = self._failure(error)
         return failed
+
+    def _failure(self, error: Exception) -> AskError:
+        if lasting(error):
+            return AskError(f"the processor of {self.name} refuses this prompt: {error}")
+        what = f"the processor of {self.name} failed on this prompt: {type(error).__name__}: {error}"
+        return Passing(f"{what}. The next run asks again.")
 
 
 def mark(picture: Picture) -> int:

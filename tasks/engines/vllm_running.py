@@ -17,6 +17,7 @@ from uuid import uuid4
 from mllmsrec_core.ask import Choose, Generate, Reply
 from mllmsrec_core.errors import AskError, EngineError, MllmsrecError, Passing
 from tasks.engines.answers import chosen, seed_of
+from tasks.engines.refusals import beneath, out_of_memory, refused_by_vllm
 from tasks.engines.vllm_prompts import Prepared, Prompts, Question
 from tasks.engines.vllm_room import Needs
 
@@ -147,17 +148,23 @@ class Running:
         return outputs[-1]
 
     def _failure(self, error: Exception) -> Exception:
-        """What is wrong with the row is an AskError or TooSmall, a dead engine an EngineError."""
+        """What is wrong with the row is an AskError or TooSmall, a dead engine an EngineError, all else may pass."""
+        *_, cause = beneath(error)  # vLLM wraps what it did not expect
         if self.llm is None or self.llm.errored:
             return self._dead(error)
-        cause = error.__cause__ or error  # vLLM wraps what it did not expect
-        if TOO_LONG.search(str(cause)):
+        if out_of_memory(error):
+            return self._dead(cause, "has no memory left")
+        said = f"{type(cause).__name__}: {str(cause)[:SHOWN_CHARS]}"
+        if not refused_by_vllm(error):
+            return Passing(f"{self.name} failed on this row: {said}. The next run asks again.")
+        if TOO_LONG.search(str(error)) or TOO_LONG.search(str(cause)):
             return TooSmall()
-        return AskError(f"vLLM refuses this prompt: {type(cause).__name__}: {str(cause)[:SHOWN_CHARS]}")
+        return AskError(f"vLLM refuses this prompt: {said}")
 
-    def _dead(self, error: BaseException) -> EngineError:
+    def _dead(self, error: BaseException, how: str = "died") -> EngineError:
+        said = str(error).rstrip(".") or type(error).__name__
         return EngineError(
-            f"{self.name} with {self.prompts.chat.name} died: {str(error).rstrip('.')}. Its log names the cause. {MEMORY} "
+            f"{self.name} with {self.prompts.chat.name} {how}: {said}. Its log names the cause. {MEMORY} "
             "Everything answered before is kept; repeat the command."
         )
 
