@@ -8,6 +8,7 @@ stages.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mllmsrec_core.ask import Ask, Choose, Generate, Model, Reply, kind
+from mllmsrec_core.ask import Ask, Choose, Generate, Model, Reply, kind, pictures_in
 from mllmsrec_core.errors import ContextTooLong, EngineError, Passing
 from storage.blobs import Blobs
 from tasks.engines.adapters import CONFIG, unpack
@@ -30,6 +31,9 @@ from tasks.engines.vllm_prompts import Prepared, Prompts, Question
 from tasks.engines.vllm_room import AGAIN, Needs, Shown, room, together
 from tasks.engines.vllm_running import MEMORY, STOP_S, Running, TooSmall
 
+# Rows with pictures from decoding to the answer, whatever the window: hosts were killed by 512 large pictures in flight,
+# and 128 keep an engine busy.
+PICTURES_HELD = 128
 PREPARERS = 4  # threads that decode pictures; decoding releases the interpreter
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM knows these limits only (0.32, config/lora.py)
 PICTURE_CACHE_GB = 4.0  # vLLM's own default, where pictures come again
@@ -87,6 +91,7 @@ class VllmEngine:
         self._broken: EngineError | None = None  # what failed to open is not tried again by every row that waits
         self._waiting: list[Needs] = []
         self._shown = Shown()
+        self._places = asyncio.Semaphore(PICTURES_HELD)
         self._preparing = 0
         self._prepared = asyncio.Event()  # nothing is being prepared
         self._threads = ThreadPoolExecutor(PREPARERS, thread_name_prefix=name)
@@ -97,6 +102,11 @@ class VllmEngine:
         """The model's text, or its raw log-probabilities at the first answer token."""
         if not isinstance(ask, Generate | Choose):
             raise EngineError(f"{self.name} answers generate and choose, not {kind(ask)}; name another engine for it.")
+        # Taken before anything a start waits for, and never while the gate is held: a row without a place blocks nobody.
+        async with self._places if pictures_in(ask.messages) else contextlib.nullcontext():
+            return await self._answered(ask)
+
+    async def _answered(self, ask: Question) -> Reply:
         self._preparing += 1
         self._prepared.clear()
         try:
