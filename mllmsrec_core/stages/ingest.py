@@ -58,10 +58,14 @@ class Params(stage.Params):
     compat: Compat = Field("none", description="mllm_msr: of each user the most popular items alone")
 
     def rules(self) -> list[histories.Rule]:
-        """What holds interactions back, in the order in which it is judged."""
+        """What holds interactions back, in the order in which it is judged.
+
+        A core takes interactions from users who had enough of them, so that it has to ask for `min_history` as well.
+        """
         found = [] if self.repeats == "all" else [histories.once(self.repeats)]
         found += [histories.enough(self.min_history)] if self.min_history > 1 else []
-        found += [histories.within_core(self.k_core)] if max(self.k_core) > 1 else []
+        core = (max(self.k_core[0], self.min_history), self.k_core[1])
+        found += [histories.within_core(core)] if max(self.k_core) > 1 else []
         if self.compat == "mllm_msr":
             found.append(lambda whole: histories.parted(whole, unpopular(whole), pl.lit(REASON)))
         return found

@@ -172,6 +172,25 @@ def test_outside_the_core_rows_are_rejects_that_name_the_item_and_never_the_user
     assert tables["items"]["item_id"].to_list() == ["a", "b", "c"], "the catalogue keeps them"
 
 
+def test_a_core_leaves_nobody_a_shorter_history_than_the_profile_allows():
+    items = [(name, name, "") for name in "abcd"]
+    pairs = ["ua", "ub", "va", "vb", "wb", "wc", "xc", "xa", "xb", "xd"]  # without c, w has one left
+    tables = shop(items, [(user, item, T, "4") for user, item in pairs], min_history=2, k_core=(0, 3))
+    assert min(tables["interactions"]["user_id"].value_counts()["count"]) >= 2
+    assert set(tables["interactions"]["user_id"]) == set("uvx")
+    few = "the user has fewer than 2 interactions within k_core = (2, 3)"
+    assert few in [reason for *_, reason in reasons(tables)]
+
+
+@pytest.mark.skipif(not MICROLENS.exists(), reason="MicroLens-50k is not beside the repository")
+def test_no_user_of_a_core_of_microlens_has_fewer_interactions_than_the_profile_allows():
+    path = str(MICROLENS)
+    params = ingest.Params(dataset="microlens", path=path, min_history=5, k_core=(0, 20))
+    kept = run(params, FsspecSource(path))["interactions"]
+    assert kept["user_id"].value_counts()["count"].min() == 5
+    assert kept["item_id"].value_counts()["count"].min() == 20
+
+
 @pytest.mark.skipif(not MICROLENS.exists(), reason="MicroLens-50k is not beside the repository")
 @pytest.mark.parametrize(
     ("k_core", "users", "items", "interactions"),
@@ -272,7 +291,7 @@ def test_whatever_the_rules_hold_back_waits_and_is_rejected_with_its_line(items,
     assert both.equals(whole["interactions"]), "no row is lost, and each keeps its place"
     assert tables["rejects"].height == whole["rejects"].height + tables["waiting"].height
     assert tables["rejects"].select("source", "line").is_unique().all()
-    least = (max(1, rules["k_core"][0]), max(1, rules["k_core"][1]))
+    least = (max(1, rules["k_core"][0], rules["min_history"]), max(1, rules["k_core"][1]))
     if rules["compat"] == "none":
         assert all(n >= least[0] for n in tables["interactions"]["user_id"].value_counts()["count"])
         assert all(n >= least[1] for n in tables["interactions"]["item_id"].value_counts()["count"])
