@@ -76,12 +76,13 @@ class Source(Protocol):
 
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
         """A CSV, TSV, JSONL or Parquet file as its rows, and the rows that are broken. A folder of parts of one
-        format is one table: lines go on from part to part, and key=value folders are columns.
+        format is one table: key=value folders are columns of text, and a part may lack columns that others have.
 
         `columns` maps our names to the file's; None takes all as they are. Text formats come as String throughout: a
         number as it is written (in JSON without exponent, 4.0 as 4), nested JSON as JSON, an empty field as null; Parquet
-        keeps its types. The UInt32 column `line` counts from 1, the header included; in Parquet it is the row. Broken rows
-        (source, line, reason) are rejects.
+        keeps its types. The UInt32 column `line` counts from 1, the header included; in Parquet it is the row. Beside it
+        `source` names the file or part it is the line of; with None, which has no such column, lines go on from part to
+        part. Broken rows (source, line, reason) are rejects.
         Raises SourceError when the file is missing, has no bytes or lacks a column.
         """
         ...

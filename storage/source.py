@@ -12,16 +12,17 @@ import os
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
+from itertools import accumulate
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypeVar
 from urllib.parse import unquote
 
 import polars as pl
 import pyarrow
-import pyarrow.dataset
 from fsspec.compression import compr
 from fsspec.core import split_protocol
 from fsspec.utils import infer_compression
@@ -29,6 +30,7 @@ from fsspec.utils import infer_compression
 from mllmsrec_core.datasets import REJECTS
 from mllmsrec_core.errors import ImageRefused, ImageUnreadable, SourceError, StoreError, UsageError, nearest
 from storage.files import Files
+from storage.parquet import parquet
 from storage.places import Places, parts
 from storage.rows import Rows, delimited, json_lines
 
@@ -133,17 +135,34 @@ class FsspecSource:
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:
         """The rows of a file or a folder of parts, and the broken ones: see `mllmsrec_core.stage.Source`."""
         names = self._parts(name) if self._isdir(name) else [name]
-        if extension_of(names[0]) == ".parquet":
-            frame = self._parquet(name, names)
-            return _wanted(frame, columns, frame.columns, self.uri(name)), pl.DataFrame(schema=REJECTS)
-        wanted = set(columns.values()) if columns else None
+        wanted = None if columns is None else set(columns.values())
         read = self._rows(name, names, wanted)
-        rejects = pl.DataFrame([(name, line, reason) for line, reason in read.broken], schema=REJECTS, orient="row")
-        whole = wanted is None or wanted <= set(read.known)
-        known = (
-            read.known if whole else self._rows(name, names, set()).known
-        )  # of a column without values, all are asked
-        return _wanted(read.frame, columns, known, self.uri(name)), rejects
+        known = {column for rows in read.values() for column in rows.known}
+        if wanted and not wanted <= known:  # of a column without values, all are asked
+            known |= {column for rows in self._rows(name, names, set()).values() for column in rows.known}
+        broken = [(part, line, reason) for part, rows in read.items() for line, reason in rows.broken]
+        rejects = pl.DataFrame(broken, schema=REJECTS, orient="row")
+        return self._joined(name, read, _checked(columns, known - {"line"}, self.uri(name))), rejects
+
+    def _joined(self, folder: str, read: Mapping[str, Rows], columns: Mapping[str, str] | None) -> pl.DataFrame:
+        """Parts one behind another, with null where a part lacks a column, and the type that holds those of all parts."""
+        if columns is None:
+            before = accumulate((rows.n_lines for rows in read.values()), initial=0)
+            frames = [
+                rows.frame.with_columns(pl.col("line") + n) for rows, n in zip(read.values(), before, strict=False)
+            ]
+        else:
+            frames = [_wanted(rows.frame, columns, part) for part, rows in read.items()]
+        try:
+            frame = pl.concat(frames, how="diagonal_relaxed")
+        except pl.exceptions.PolarsError as error:
+            raise SourceError(
+                f"the parts of {self.uri(folder)} hold different types in one column: {error}; export them with one schema"
+            ) from error
+        if columns is None:
+            return frame
+        missing = [pl.lit(None, pl.String).alias(ours) for ours in columns if ours not in frame.columns]
+        return frame.with_columns(missing).select(*columns, "source", "line")
 
     def lines(self, name: str) -> Iterator[pl.DataFrame]:
         """The lines of a text file, a bounded number at a time: see `mllmsrec_core.stage.Source`."""
@@ -157,9 +176,29 @@ class FsspecSource:
             if frame.height:
                 yield frame
 
-    def _text(self, name: str, wanted: set[str] | None) -> Rows:
-        """The rows of one text file; of JSON lines those columns that are wanted."""
+    def _rows(self, folder: str, names: Sequence[str], wanted: set[str] | None) -> dict[str, Rows]:
+        """The one file `folder`, or each of its parts, by name; key=value folders are columns of text.
+
+        A part that is text may be without a byte.
+        """
+        if names == [folder]:
+            return {folder: self._file(folder, wanted)}
+        read = {}
+        for name in filter(self._filled, names):
+            keys = keys_of(name.removeprefix(folder))
+            rows = self._file(name, None if wanted is None else wanted - set(keys))
+            of_folders = [pl.lit(value, pl.String).alias(key) for key, value in keys.items()]
+            known = dict.fromkeys([*rows.known, *keys])
+            read[name] = replace(rows, frame=rows.frame.with_columns(of_folders), known=known)
+        if not read:
+            raise self._empty(folder)
+        return read
+
+    def _file(self, name: str, wanted: set[str] | None) -> Rows:
+        """The rows of one file; of Parquet and JSON lines those columns that are wanted."""
         extension = extension_of(name)
+        if extension == ".parquet":
+            return self._parquet(name, wanted)
         if extension in DELIMITERS:
             return delimited(self._whole(name), DELIMITERS[extension], self.uri(name))
         if extension not in JSON_LINES:
@@ -169,30 +208,10 @@ class FsspecSource:
             )
         return json_lines(self._pieces(name), wanted)
 
-    def _rows(self, folder: str, names: Sequence[str], wanted: set[str] | None) -> Rows:
-        """The one file `folder`, or its parts one behind another, and so their lines; key=value folders are columns.
-
-        A part may be without a byte.
-        """
-        if names == [folder]:
-            return self._text(folder, wanted)
-        frames, broken, known, before = [], [], dict[str, None](), 0
-        for name in filter(self._filled, names):
-            keys = keys_of(name.removeprefix(folder))
-            read = self._text(name, None if wanted is None else wanted - set(keys))
-            of_folders = [pl.lit(value, pl.String).alias(key) for key, value in keys.items()]
-            frames.append(read.frame.with_columns(*of_folders, line=pl.col("line") + before))
-            broken += [(line + before, reason) for line, reason in read.broken]
-            known |= dict.fromkeys([*read.known, *keys])
-            before += read.n_lines
-        if not frames:
-            raise self._empty(folder)
-        frame = pl.concat(frames, how="diagonal")
-        missing = [pl.lit(None, pl.String).alias(key) for key in known if key not in frame.columns]
-        return Rows(frame.with_columns(missing), broken, known, before)
-
     def _filled(self, name: str) -> bool:
-        """Whether a part holds a byte, unpacked."""
+        """Whether a part holds a byte, unpacked; Parquet always has to."""
+        if extension_of(name) == ".parquet":
+            return True
         size = self.files.size(name) or 0
         if size > EMPTY_PACKED or not name.endswith(COMPRESSED):
             return size > 0
@@ -229,13 +248,19 @@ class FsspecSource:
     def _opened(self, name: str) -> Iterator[IO[bytes]]:
         """The bytes of a file, unpacked as they are read. Raises SourceError where that fails."""
         try:
-            content = io.BytesIO(_of_source(lambda: self.files.read(name)))
             unpack: Any = compr.get(infer_compression(name))  # type: ignore[call-overload]
-            yield unpack(content, mode="rb") if unpack else content
+            with self._packed_bytes(name) as content:
+                yield unpack(content, mode="rb") if unpack else content
         except FileNotFoundError as error:
             raise self._missing(name) from error
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             raise SourceError(f"cannot read {self.uri(name)}: {error}; export or download it again") from error
+
+    def _packed_bytes(self, name: str) -> IO[bytes]:
+        """A file as it lies there; from elsewhere it is fetched whole, so that no reader meets a connection that fails."""
+        if self.files.local:
+            return open(self.files.path(name), "rb")
+        return io.BytesIO(_of_source(lambda: self.files.read(name)))
 
     def _whole(self, name: str) -> bytes:
         """All bytes of a text file, unpacked. Raises SourceError where it is empty."""
@@ -262,42 +287,31 @@ class FsspecSource:
         if not filled:
             raise self._empty(name)
 
-    def _parquet(self, name: str, parts: list[str]) -> pl.DataFrame:
-        """The Parquet file `name`, or its parts with key=value folders as columns."""
-        if not _of_source(lambda: self.files.exists(parts[0])):
+    def _parquet(self, name: str, wanted: set[str] | None) -> Rows:
+        if not _of_source(lambda: self.files.exists(name)):
             raise self._missing(name)
         try:
-            with self._at_hand(parts) as root:
-                paths = [os.path.join(root, part) for part in parts]
-                base = os.path.join(root, name)
-                found = pyarrow.dataset.dataset(paths, format="parquet", partitioning="hive", partition_base_dir=base)
-                table = found.to_table()
-                table.validate(full=True)  # a damaged page may hold text that is no UTF-8
-                frame = pl.from_arrow(table)
+            with self._at_hand(name) as path:
+                return parquet(path, wanted)
         except (OSError, pyarrow.ArrowException) as error:
             raise SourceError(f"cannot read {self.uri(name)} as Parquet: {error}; export it again") from error
-        assert isinstance(frame, pl.DataFrame)
-        return frame.with_columns(line=pl.int_range(1, pl.len() + 1, dtype=pl.UInt32))
 
     @contextmanager
-    def _at_hand(self, names: list[str]) -> Iterator[str]:
-        """A local root below which these files lie: from elsewhere they are fetched whole.
+    def _at_hand(self, name: str) -> Iterator[str]:
+        """The local path of a file: from elsewhere it is fetched whole.
 
         Through fsspec, pyarrow would take a connection that fails for a file that is not there.
         """
         if self.files.local:
-            yield self.files.root
+            yield self.files.path(name)
             return
+        if ".." in name.split("/"):  # as a key may be called
+            raise SourceError(f"{self.uri(name)} leads out of its folder; rename it")
         with TemporaryDirectory(prefix="mllmsrec-") as root:
-            for name in names:
-                path = os.path.join(root, name)
-                if not inside(path, root):  # a key may hold `..`
-                    raise SourceError(f"{self.uri(name)} leads out of its folder; rename it")
-                content = _of_source(lambda name=name: self.files.read(name))
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "wb") as file:
-                    file.write(content)
-            yield root
+            path = os.path.join(root, "part.parquet")
+            with open(path, "wb") as file:
+                file.write(_of_source(lambda: self.files.read(name)))
+            yield path
 
     def _isdir(self, name: str) -> bool:
         return self._steadily(name, lambda: self.files.fs.isdir(self.files.path(name)))
@@ -358,12 +372,15 @@ def keys_of(name: str) -> dict[str, str | None]:
     return {unquote(key): None if value == NULL_FOLDER else unquote(value) for key, _, value in pairs}
 
 
-def _wanted(frame: pl.DataFrame, columns: Mapping[str, str] | None, known: Iterable[str], where: str) -> pl.DataFrame:
-    """`frame` under our names, with `line` last."""
-    if columns is None:
-        return frame
-    known = set(known) - {"line"}
-    for ours, theirs in columns.items():
+def _checked(columns: Mapping[str, str] | None, known: Collection[str], where: str) -> Mapping[str, str] | None:
+    """`columns`, where the table has them all."""
+    for ours, theirs in (columns or {}).items():
         if theirs not in known:
             raise SourceError(f"{where} has no column `{theirs}` (wanted as {ours}); {nearest(theirs, known)}")
-    return frame.select(*(pl.col(theirs).alias(ours) for ours, theirs in columns.items()), "line")
+    return columns
+
+
+def _wanted(frame: pl.DataFrame, columns: Mapping[str, str], part: str) -> pl.DataFrame:
+    """Those of `columns` that `frame` has, under our names, with where each row stands."""
+    there = [pl.col(theirs).alias(ours) for ours, theirs in columns.items() if theirs in frame.columns]
+    return frame.select(*there, "line").with_columns(source=pl.lit(part))

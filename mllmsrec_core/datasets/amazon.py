@@ -110,18 +110,21 @@ def first_reviews(reviews: pl.DataFrame) -> Split:
     whole = pl.col("user_id").is_not_null() & pl.col("item_id").is_not_null()
     pair = pl.struct("user_id", "item_id")
     repeated = reviews.filter(whole & pair.is_duplicated())  # a few per cent: only these are sorted
-    by = ("user_id", "item_id", "at", "rating", "line")
-    repeated = repeated.sort(by, descending=[False, False, False, True, False])
+    by = ("user_id", "item_id", "at", "rating", "source", "line")
+    repeated = repeated.sort(by, descending=[False, False, False, True, False, False])
+    kept_in = pl.col("source").first().over(pair)
     later = repeated.select(
         "source",
         "line",
         reason=pl.concat_str(
-            pl.lit("the same user reviewed the item already, in line "), pl.col("line").first().over(pair)
+            pl.lit("the same user reviewed the item already, in line "),
+            pl.col("line").first().over(pair),
+            pl.when(kept_in != pl.col("source")).then(pl.concat_str(pl.lit(" of "), kept_in)).otherwise(pl.lit("")),
         ),
         first=pl.struct("user_id", "item_id").is_first_distinct(),
     )
     later = later.filter(~pl.col("first")).drop("first")
-    return reviews.join(later, on="line", how="anti", maintain_order="left"), later
+    return reviews.join(later, on=["source", "line"], how="anti", maintain_order="left"), later
 
 
 # --- items ------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFr
         *(text(ours, frame.schema[ours]) for ours in ("item_id", "title", "description", "category", "image_version")),
         attributes=pl.struct(attributes).struct.json_encode() if attributes else pl.lit(None, pl.String),
         image_uri=absolute(first_filled("image", frame.schema["image"]), source.uri("")),
-        source=pl.lit(name),
+        source="source",
         line="line",
     ).select(*ITEMS, "image_version", "source", "line"), broken
 
@@ -93,21 +93,19 @@ def interactions_in(
     if columns.at:
         at = moment("at", frame.schema["at"], unit)
     frame = frame.with_columns(parsed_at=at, parsed_rating=rating)
-    bad = _unparsed(frame, name, columns, unit, liked_from)
-    good = frame.join(bad.select("line"), on="line", how="anti", maintain_order="left") if len(bad) else frame
+    bad = _unparsed(frame, columns, unit, liked_from)
+    good = frame.join(bad, on=["source", "line"], how="anti", maintain_order="left") if len(bad) else frame
     return good.select(
         *(text(ours, frame.schema[ours]) for ours in ("user_id", "item_id")),
         at="parsed_at",
         rating="parsed_rating",
         liked=pl.lit(True) if liked_from is None else pl.col("parsed_rating") >= liked_from,
-        source=pl.lit(name),
+        source="source",
         line="line",
     ), pl.concat([broken, bad])
 
 
-def _unparsed(
-    frame: pl.DataFrame, name: str, columns: InteractionColumns, unit: Unit, liked_from: float | None
-) -> pl.DataFrame:
+def _unparsed(frame: pl.DataFrame, columns: InteractionColumns, unit: Unit, liked_from: float | None) -> pl.DataFrame:
     """Rejects of the rows that lack a time or rating they need, or say something else there."""
     nothing = pl.lit(None, pl.String)
     reasons = {"at": nothing, "rating": nothing}
@@ -120,13 +118,19 @@ def _unparsed(
     written = [ours for ours in reasons if ours in frame.columns]
     doubtful = frame.filter(pl.any_horizontal(pl.lit(False), *(pl.col(f"parsed_{ours}").is_null() for ours in written)))
     doubtful = doubtful.with_columns(_quotable(ours, frame.schema[ours]) for ours in written)
-    judged = doubtful.with_columns(source=pl.lit(name), reason=pl.coalesce(*reasons.values()))
+    judged = doubtful.with_columns(reason=pl.coalesce(*reasons.values()))
     return judged.drop_nulls("reason").select(*REJECTS)
 
 
 def text(name: str, dtype: pl.DataType) -> pl.Expr:
-    """A column as String; of a list, its values side by side."""
+    """A column as String; of a list, its values side by side.
+
+    A float that is whole is written as JSON lines and CSV have it: pandas makes 1.0 of an id 1 where others are missing.
+    """
     column = pl.col(name)
+    if dtype.is_float():
+        whole = pl.when(column == column.floor()).then(column.cast(pl.Int64, strict=False))
+        return pl.coalesce(whole.cast(pl.String), column.cast(pl.String))
     if _is_list(dtype):
         return column.cast(pl.List(pl.String)).list.join(", ", ignore_nulls=True)
     if isinstance(dtype, pl.List | pl.Array | pl.Binary | pl.Duration):

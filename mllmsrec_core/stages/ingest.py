@@ -109,8 +109,11 @@ def judge_items(items: pl.DataFrame) -> Split:
     content = [*list(ITEMS)[1:], "image_version"]
     empty = pl.sum_horizontal(pl.col(content).is_null())
     items = items.sort("item_id", empty, *content, "source", "line", nulls_last=True)
-    items = items.with_columns(kept=pl.col("line").first().over("item_id"))
-    where = pl.coalesce(pl.concat_str(pl.lit("line "), "kept"), pl.lit("another row"))
+    first = {f"kept_{name}": pl.col(name).first().over("item_id") for name in ("source", "line")}
+    items = items.with_columns(**first)
+    elsewhere = pl.when(pl.col("kept_source") != pl.col("source")).then(pl.format(" of {}", "kept_source"))
+    line = pl.concat_str(pl.lit("line "), "kept_line", elsewhere.otherwise(pl.lit("")))
+    where = pl.coalesce(line, pl.lit("another row"))
     reason = pl.concat_str(pl.lit("second row of item `"), "item_id", pl.lit("`; kept is "), where)
     items, twins = split(items, pl.col("item_id") == pl.col("item_id").shift(), reason)
     return items, pl.concat([nameless, twins])

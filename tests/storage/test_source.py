@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import sys
+import tracemalloc
 import uuid
 
 import fsspec
@@ -39,7 +40,7 @@ def test_a_csv_comes_as_text_with_the_line_each_row_stands_on(tmp_path):
 
 def test_columns_are_renamed_to_ours(tmp_path):
     rows, _ = source_of(tmp_path, a__csv="movieId,title\n1,Up\n").table("a.csv", {"item_id": "movieId"})
-    assert rows.columns == ["item_id", "line"]
+    assert rows.columns == ["item_id", "source", "line"]
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.tsv", "\t"), ("a.psv", "|"), ("a.ssv", ";"), ("A.CSV", ",")])
@@ -89,7 +90,7 @@ def test_json_lines_come_as_text_with_nested_values_as_json(tmp_path):
 def test_broken_json_lines_are_rejects_and_cost_no_others(tmp_path):
     content = '{"id": 1}\n{"id": \n[1]\n' + "[" * 100_000 + '\n{"id": 5}\n'
     rows, broken = source_of(tmp_path, a__jsonl=content).table("a.jsonl", {"item_id": "id"})
-    assert rows.rows() == [("1", 1), ("5", 5)]
+    assert rows.rows() == [("1", "a.jsonl", 1), ("5", "a.jsonl", 5)]
     assert broken["line"].to_list() == [2, 3, 4]
     assert "a JSON object was expected, not list" in broken["reason"][1]
 
@@ -120,7 +121,7 @@ def test_a_damaged_compressed_file_is_an_error_that_says_so(tmp_path, end, pack)
 def test_parquet_keeps_its_types_and_numbers_its_rows(tmp_path):
     pl.DataFrame({"id": [1, 2], "tags": [["a"], []]}).write_parquet(tmp_path / "a.parquet")
     rows, _ = FsspecSource(str(tmp_path)).table("a.parquet", {"item_id": "id", "t": "tags"})
-    assert rows.rows() == [(1, ["a"], 1), (2, [], 2)]
+    assert rows.rows() == [(1, ["a"], "a.parquet", 1), (2, [], "a.parquet", 2)]
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
@@ -134,6 +135,57 @@ def test_a_folder_of_parquet_is_one_table_with_its_partitions_as_columns(tmp_pat
         ("1", "2024-01-01", 1),
         ("2", "2024-01-02", 2),
     ]
+
+
+def test_of_parquet_only_the_columns_that_are_wanted_are_read(tmp_path):
+    texts = [f"{n} " + "long " * 2_000 for n in range(2_000)]
+    pl.DataFrame({"id": range(2_000), "text": texts}).write_parquet(tmp_path / "a.parquet")
+    content = (tmp_path / "a.parquet").read_bytes()
+    start = content.index(b"long ") - 20  # whoever reads the text meets damage
+    (tmp_path / "a.parquet").write_bytes(content[:start] + b"\xff" * 40 + content[start + 40 :])
+    source = FsspecSource(str(tmp_path))
+    assert source.table("a.parquet", {"item_id": "id"})[0]["item_id"].to_list() == list(range(2_000))
+    with pytest.raises(SourceError, match="as Parquet"):
+        source.table("a.parquet", {"title": "text"})
+    with pytest.raises(SourceError, match=r"no column `txt`.*did you mean `text`"):
+        source.table("a.parquet", {"title": "txt"})
+
+
+def test_a_row_of_parquet_knows_its_part_and_keys_keep_their_zeros_as_in_text(tmp_path):
+    for n in (1, 2):
+        (tmp_path / f"clicks/sku=00{n}/at=1%3A00").mkdir(parents=True)
+        pl.DataFrame({"user": ["u"]}).write_parquet(tmp_path / f"clicks/sku=00{n}/at=1%3A00/0.parquet")
+    rows, _ = FsspecSource(str(tmp_path)).table("clicks", {"u": "user", "item_id": "sku", "t": "at"})
+    where = [f"clicks/sku=00{n}/at=1%3A00/0.parquet" for n in (1, 2)]
+    assert rows.rows() == [("u", "001", "1:00", where[0], 1), ("u", "002", "1:00", where[1], 1)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"image": pl.Series([None], dtype=pl.Null)}, {"image": ["b"]}, [None, "b"]),
+        ({"image": ["a"]}, {"image": pl.Series([None], dtype=pl.Null)}, ["a", None]),
+        ({}, {"image": ["b"]}, [None, "b"]),
+        ({"image": ["a"]}, {}, ["a", None]),
+        ({"image": [7]}, {"image": ["b"]}, ["7", "b"]),
+        ({"image": pl.Series([[]], dtype=pl.List(pl.Null))}, {"image": [["b"]]}, [[], ["b"]]),
+    ],
+)
+def test_a_part_may_lack_a_column_or_every_value_of_it(tmp_path, first, second, expected):
+    (tmp_path / "items").mkdir()
+    for n, columns in enumerate((first, second)):
+        pl.DataFrame({"item_id": [str(n)], **columns}).write_parquet(tmp_path / f"items/part-{n}.parquet")
+    rows, _ = FsspecSource(str(tmp_path)).table("items", {"item_id": "item_id", "image": "image"})
+    assert rows["image"].to_list() == expected
+    assert FsspecSource(str(tmp_path)).table("items")[0]["line"].to_list() == [1, 2]
+
+
+def test_parts_whose_types_do_not_go_together_are_an_error_that_says_so(tmp_path):
+    (tmp_path / "items").mkdir()
+    for n, value in enumerate(("a", ["b"])):
+        pl.DataFrame({"item_id": [value]}).write_parquet(tmp_path / f"items/part-{n}.parquet")
+    with pytest.raises(SourceError, match=r"the parts of .*items hold different types"):
+        FsspecSource(str(tmp_path)).table("items", {"item_id": "item_id"})
 
 
 def test_text_named_parquet_is_an_error_that_says_so(tmp_path):
@@ -178,7 +230,7 @@ def test_half_a_surrogate_pair_in_json_costs_one_character(tmp_path):
 
 def test_a_header_without_rows_is_an_empty_table(tmp_path):
     rows, _ = source_of(tmp_path, a__csv="a,b\n").table("a.csv", {"x": "a"})
-    assert rows.shape == (0, 2)
+    assert rows.shape == (0, 3)
 
 
 def test_a_column_that_stands_twice_is_an_error(tmp_path):
@@ -274,10 +326,14 @@ def write_parts(folder, parts):
     [
         (".csv", b"user,n\n1,x\nbroken\n", b"user,n\n2,y\n"),
         (".jsonl", b'\n{"user": 1, "n": "x"}\nbroken\n', b'\n{"user": 2, "n": "y"}'),
-        (".jsonl.gz", gzip.compress(b'\n{"user": 1, "n": "x"}\nbroken'), gzip.compress(b'\n{"user": 2, "n": "y"}')),
+        (
+            ".jsonl.gz",
+            gzip.compress(b'\n{"user": 1, "n": "x"}\nbroken', mtime=0),
+            gzip.compress(b'\n{"user": 2, "n": "y"}', mtime=0),
+        ),
     ],
 )
-def test_a_folder_of_text_parts_is_one_table_whose_lines_go_on_from_part_to_part(tmp_path, wanted, end, first, second):
+def test_a_folder_of_text_parts_is_one_table_and_a_row_knows_its_part(tmp_path, wanted, end, first, second):
     days = {f"clicks/day=2024-01-0{n}/at=1%3A00/part-0{end}": content for n, content in ((1, first), (2, second))}
     beside = {
         "clicks/_SUCCESS": b"",
@@ -286,9 +342,14 @@ def test_a_folder_of_text_parts_is_one_table_whose_lines_go_on_from_part_to_part
     }
     write_parts(tmp_path, days | beside)
     rows, broken = FsspecSource(str(tmp_path)).table("clicks", wanted)
-    assert rows.select("user", "day", "line").rows() == [("1", "2024-01-01", 2), ("2", "2024-01-02", 5)]
-    assert wanted or rows["at"].to_list() == ["1:00", "1:00"]
-    assert broken.select("source", "line").rows() == [("clicks", 3)]
+    first, second = days
+    assert broken.select("source", "line").rows() == [(first, 3)]
+    if wanted:
+        assert rows.select("user", "day", "source").rows() == [("1", "2024-01-01", first), ("2", "2024-01-02", second)]
+        assert rows["line"].to_list() == [2, 2]
+    else:  # lines go on from part to part
+        assert rows.select("user", "day", "line").rows() == [("1", "2024-01-01", 2), ("2", "2024-01-02", 5)]
+        assert rows["at"].to_list() == ["1:00", "1:00"]
     with pytest.raises(SourceError, match=r"no column `dya`.*did you mean `day`"):
         FsspecSource(str(tmp_path)).table("clicks", {"at": "dya"})
 
@@ -325,12 +386,27 @@ def test_text_is_read_a_bounded_piece_at_a_time_and_keeps_its_lines(tmp_path, mo
     texts = [f'{{"id": {n}, "t": "{"x" * (n % 300)}"}}' if n % 7 else ("" if n % 2 else "broken") for n in range(500)]
     content = b"\xef\xbb\xbf" + "\n".join(texts).encode()
     source = source_of(
-        tmp_path, **{f"a{end.replace('.', '__')}": gzip.compress(content) if end == ".jsonl.gz" else content}
+        tmp_path, **{f"a{end.replace('.', '__')}": gzip.compress(content, mtime=0) if end == ".jsonl.gz" else content}
     )
     rows, broken = source.table(f"a{end}", {"id": "id"})
-    assert rows.rows() == [(str(n), n + 1) for n in range(500) if n % 7]
+    assert rows.select("id", "line").rows() == [(str(n), n + 1) for n in range(500) if n % 7]
     assert broken["line"].to_list() == [n + 1 for n in range(500) if texts[n] == "broken"]
     assert pl.concat(source.lines(f"a{end}")).rows() == [(text, n) for n, text in enumerate(texts, 1) if text]
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_local_text_is_never_held_whole(tmp_path, monkeypatch, end):
+    monkeypatch.setattr(module, "PIECE", 1 << 16)
+    content = b"".join(b"%d %s\n" % (n, os.urandom(2_000).hex().encode()) for n in range(2_000))
+    (tmp_path / f"a.txt{end}").write_bytes(gzip.compress(content) if end else content)
+    tracemalloc.start()
+    try:
+        lines = sum(piece.height for piece in FsspecSource(str(tmp_path)).lines(f"a.txt{end}"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert lines == 2_000
+    assert peak < 2e6 < len(content) / 3
 
 
 def test_a_json_column_without_values_is_known_and_one_that_is_nowhere_is_not(tmp_path):

@@ -225,3 +225,29 @@ def test_a_missing_column_says_what_it_was_wanted_for(tmp_path):
     (tmp_path / "items.csv").write_text("sku,title\na,A\n")
     with pytest.raises(SourceError, match=r"no column `item_id` \(wanted as item_id\)"):
         read(tmp_path, "items.csv", "clicks.csv")
+
+
+@pytest.mark.parametrize("end", ["csv", "jsonl", "parquet"])
+def test_a_reject_from_a_folder_of_parts_names_the_part_and_its_own_line(tmp_path, end):
+    (tmp_path / "items").mkdir()
+    (tmp_path / "clicks").mkdir()
+    write(tmp_path / "items", f"0.{end}", [{"item_id": "a", "title": "A"}])
+    for n, at in enumerate(("1700000000", "soon")):
+        write(tmp_path / "clicks", f"{n}.{end}", [{"user_id": "u", "item_id": "a", "at": at}])
+    catalogue = read(tmp_path, "items", "clicks")
+    line = 2 if end == "csv" else 1
+    assert catalogue.interactions.select("source", "line").rows() == [(f"clicks/0.{end}", line)]
+    assert catalogue.rejects.select("source", "line").rows() == [(f"clicks/1.{end}", line)]
+
+
+@pytest.mark.parametrize("dtype", [pl.Int64, pl.Float64, pl.Float32])
+def test_an_id_is_the_same_text_whether_parquet_holds_it_as_an_integer_or_as_a_whole_float(dtype):
+    values = [1, 20_000_000, None] if dtype == pl.Float64 else [1, 2_000, None]
+    frame = pl.DataFrame({"id": pl.Series(values, dtype=dtype)})
+    expected = [None if value is None else str(value) for value in values]
+    assert frame.select(generic.text("id", frame.schema["id"]))["id"].to_list() == expected
+
+
+def test_a_float_that_is_not_whole_or_fits_no_integer_stays_as_it_is():
+    frame = pl.DataFrame({"x": [0.1, -2.0, 1e300, float("inf"), float("nan")]})
+    assert frame.select(generic.text("x", pl.Float64()))["x"].to_list() == ["0.1", "-2", "1e+300", "inf", "NaN"]

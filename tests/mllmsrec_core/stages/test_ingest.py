@@ -86,6 +86,16 @@ def test_white_space_around_ids_does_not_make_another_id():
     assert tables["interactions"].select("user_id", "item_id").rows() == [("u", "a")]
 
 
+def test_of_equal_items_in_two_parts_the_reject_says_which_part_holds_the_one_that_is_kept(tmp_path):
+    (tmp_path / "items").mkdir()
+    for n in (0, 1):
+        (tmp_path / f"items/{n}.csv").write_text("item_id,title\na,Mug\n")
+    (tmp_path / "interactions.csv").write_text(f"user_id,item_id,at\nu,a,{T}\n")
+    params = ingest.Params(dataset="generic", path=str(tmp_path), generic={"items_file": "items"})  # type: ignore[arg-type]
+    tables = run(params, FsspecSource(str(tmp_path)))
+    assert reasons(tables) == [("items/1.csv", 2, "second row of item `a`; kept is line 2 of items/0.csv")]
+
+
 def test_of_equal_items_the_first_line_stays():
     tables = shop([ITEM, ITEM, ITEM], [CLICK])
     assert tables["items"].height == 1
