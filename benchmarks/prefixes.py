@@ -3,7 +3,8 @@
 Run: python -m benchmarks.prefixes [users]. A small built-in shop is described and its users summarised by the embedded
 model; then its test and valid candidates are scored in each layout, in the order and the window of a run, by engines
 that share and that do not. The minimum is each different beginning of the whole scoring once, as an engine with endless
-memory would compute it. Rounds alternate; seconds, of CPU where there is no GPU, are the best of each side.
+memory would compute it; the bar is BAR times as many. Rounds alternate; seconds, of CPU where there is no GPU, are the
+best of each side.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tasks.work import Work, open_work
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 BEFORE = ("ingest", "images", "caption", "summary", "preference", "examples", "sft")
 ROUNDS = 2
+BAR = 1.05  # times the minimum, with beginnings computed once: what we set out to reach
 
 
 def shop(store: str, users: int) -> tuple[Work, Any]:
@@ -98,7 +100,8 @@ def compare(work: Work, inputs: Any, chat: Chat) -> None:
     for share, name in ((False, "each prompt whole"), (True, "beginnings once")):
         _, tokens, seconds = best[share]
         print(f"  {name:<18} {tokens:>9,} tokens {tokens / least:6.3f} x the minimum   {seconds:6.2f} s", end="")
-        print(f"   {best[False][2] / seconds:5.2f} x as fast" if share else "")
+        met = f"bar {BAR}: {'met' if tokens <= BAR * least else 'missed'}"
+        print(f"   {best[False][2] / seconds:5.2f} x as fast, {met}" if share else "")
     print(f"  {'minimum':<18} {least:>9,} tokens; logits differ by at most {apart:.1e}")
 
 
