@@ -88,16 +88,20 @@ def with_step(examples: pl.DataFrame, preferences: pl.DataFrame) -> pl.DataFrame
     )
 
 
-def candidate_set(params: Params, asked: Number, n_items: int) -> pl.Expr:
-    """The candidate set in words; a list the catalogue cut short says how many it was meant to have."""
+def candidate_set(params: Params, asked: Number, n_items: int, k_core: tuple[int, int] = (0, 0)) -> pl.Expr:
+    """The candidate set in words; a list the catalogue cut short says how many it was meant to have.
+
+    With histories of a k-core it says, too, where an item from outside, which nobody chooses in it, can be a negative.
+    """
     protocol = f"{LABEL}/{params.split}" if params.compat == "mllm_msr" else params.split
-    touched = " touched" if params.among == "touched" else ""
+    beyond = max(k_core) > 1 and params.compat == "none"
+    among = " touched" if params.among == "touched" else " also outside k_core" if beyond else ""
     if asked == "all":
-        return pl.lit(f"{protocol}/all of {n_items}{touched}")
+        return pl.lit(f"{protocol}/all of {n_items}{among}")
     size = pl.col("n_drawn").cast(pl.String) + pl.when(pl.col("n_drawn") < asked).then(
         pl.lit(f" of {asked}")
     ).otherwise(pl.lit(""))
-    return pl.format(f"{protocol}/1+{{}}/{params.negatives}{touched}", size)
+    return pl.format(f"{protocol}/1+{{}}/{params.negatives}{among}", size)
 
 
 def catalogue(inputs: Inputs) -> pl.Series:
@@ -135,10 +139,11 @@ def rows(inputs: Inputs) -> pl.DataFrame:
     train, held = (wanted.filter((pl.col("split") == "train") == fits) for fits in (True, False))
     affordable(params, len(held), len(items))
     popular = training(interactions, wanted, params.valid_from) if params.negatives == "popularity" else None
+    k_core = inputs.params["ingest"].k_core if "ingest" in inputs.params else (0, 0)
     lists: tuple[tuple[pl.DataFrame, Number], ...] = ((train, params.train_negatives), (held, params.n_negatives))
     drawn = [
         candidates(part, told, items, n, seed=params.seed, popular=popular).with_columns(
-            candidate_set=candidate_set(params, n, len(items))
+            candidate_set=candidate_set(params, n, len(items), k_core)
         )
         for part, n in lists
     ]
@@ -156,4 +161,5 @@ STAGE = Stage(
     writes={"examples": Examples},
     rows=rows,
     tables=tables,
+    needs=("ingest.k_core",),
 )

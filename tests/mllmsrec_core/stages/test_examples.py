@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from flows.settings import load
 from mllmsrec_core.errors import UsageError
 from mllmsrec_core.stages import ingest, score
-from mllmsrec_core.stages.examples import Params
+from mllmsrec_core.stages.examples import STAGE, Params
 
 
 def test_valid_and_test_lists_hold_twenty_negatives_and_train_lists_one(shop):
@@ -118,6 +119,33 @@ def test_negatives_come_from_items_with_interactions_where_that_is_asked_for_and
     assert set(whole["item_id"]) > set(some["item_id"]), (
         "else an item that nobody touched is a candidate like any other"
     )
+
+
+@pytest.mark.parametrize(
+    ("k_core", "among", "said"),
+    [
+        ((0, 0), "catalogue", ""),
+        ((1, 1), "catalogue", ""),  # no condition at all
+        ((5, 0), "catalogue", " also outside k_core"),
+        ((0, 5), "catalogue", " also outside k_core"),
+        ((7, 5), "touched", " touched"),
+    ],
+)
+def test_a_set_says_where_items_outside_the_core_can_be_negatives(shop, k_core, among, said):
+    drawn_from = shop.inputs["interactions" if among == "touched" else "items"]["item_id"].n_unique()
+    for n, named in ((3, "leave-last/1+3/uniform"), ("all", f"leave-last/all of {drawn_from}")):
+        pruned = shop.set("examples", n_negatives=n, among=among)
+        pruned.inputs.params["ingest"] = ingest.Params(k_core=k_core)
+        found = pruned.run("examples")["examples"].filter(pl.col("split") == "test")
+        assert set(found["candidate_set"]) == {named + said}
+
+
+def test_another_core_makes_the_stage_due_as_its_sets_may_have_another_name():
+    assert "ingest.k_core" in STAGE.needs
+
+
+def test_the_profile_with_the_papers_protocol_draws_negatives_from_the_core_as_they_do():
+    assert load(["mllm_msr"], [], {}).params.examples.among == "touched"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("histories", "label"), [("none", "mllm_msr"), ("mllm_msr", "none")])
