@@ -48,6 +48,7 @@ def n_lines(content: bytes) -> int:
 def delimited(content: bytes, delimiter: str, where: str) -> Rows:
     """Text whose first line names its columns; empty fields are null. Raises SourceError for a header that is none."""
     text = content.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+    delimiter = separator(text.partition("\n")[0], delimiter)
     try:
         header = [name.strip() for name in next(csv.reader(text.split("\n", 1), delimiter=delimiter))]
     except csv.Error as error:
@@ -59,6 +60,11 @@ def delimited(content: bytes, delimiter: str, where: str) -> Rows:
         raise SourceError(f"{where} has the column `{twice}` twice; rename one in the header")
     read = quoted if '"' in text or "\r" in text else unquoted
     return Rows(*read(text, header, delimiter), header, n_lines(content))
+
+
+def separator(header: str, delimiter: str) -> str:
+    """What parts the columns: a header without a comma says so itself, as spreadsheets write `;` or tabs in many languages."""
+    return next((one for one in ",;\t|" if one in header), ",") if delimiter == "," else delimiter
 
 
 def unquoted(text: str, header: list[str], delimiter: str) -> tuple[pl.DataFrame, Broken]:
@@ -114,6 +120,16 @@ def _count(found: int, width: int) -> str:
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------
+
+
+def refuse_array(piece: bytes, where: str) -> None:
+    """Raises SourceError where a text that begins so is one JSON array, over one line or many, and no JSON lines."""
+    first, _, rest = piece.lstrip().partition(b"\n")
+    if first.startswith(b"[") and not one_by_one(rest.partition(b"\n")[0], 2, ())[0].height:
+        raise SourceError(
+            f"{where} holds one JSON array (line 1: a JSON object was expected, not list) where one object a line is wanted; "
+            "export it as JSON lines (pandas: to_json(name, orient='records', lines=True))"
+        )
 
 
 def json_lines(pieces: Iterable[bytes], wanted: Collection[str] | None = None) -> Rows:

@@ -32,7 +32,7 @@ from mllmsrec_core.errors import ImageRefused, ImageUnreadable, SourceError, Sto
 from storage.files import Files
 from storage.parquet import parquet
 from storage.places import Places, parts
-from storage.rows import Rows, delimited, json_lines
+from storage.rows import Rows, delimited, json_lines, refuse_array
 
 T = TypeVar("T")
 
@@ -141,6 +141,12 @@ class FsspecSource:
         if wanted and not wanted <= known:  # of a column without values, all are asked
             known |= {column for rows in self._rows(name, names, set()).values() for column in rows.known}
         broken = [(part, line, reason) for part, rows in read.items() for line, reason in rows.broken]
+        if broken and not known:
+            part, line, reason = broken[0]
+            raise SourceError(
+                f"no line of {self.uri(part)} can be read, the first being line {line}: {reason}; export it as JSON lines, one "
+                "object a line"
+            )
         rejects = pl.DataFrame(broken, schema=REJECTS, orient="row")
         return self._joined(name, read, _checked(columns, known - {"line"}, self.uri(name))), rejects
 
@@ -206,7 +212,15 @@ class FsspecSource:
                 f"cannot tell the format of {self.uri(name)}: name it .parquet, "
                 f"{', '.join((*DELIMITERS, *JSON_LINES))}, or one of these with {', '.join(COMPRESSED)}"
             )
-        return json_lines(self._pieces(name), wanted)
+        return json_lines(self._objects(name), wanted)
+
+    def _objects(self, name: str) -> Iterator[bytes]:
+        """The pieces of JSON lines. Raises SourceError where the file is one JSON array."""
+        pieces = self._pieces(name)
+        first = next(pieces)
+        refuse_array(first, self.uri(name))
+        yield first
+        yield from pieces
 
     def _filled(self, name: str) -> bool:
         """Whether a part holds a byte, unpacked; Parquet always has to."""

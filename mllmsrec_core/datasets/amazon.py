@@ -7,11 +7,9 @@ A title that is no title (a script, a tag) is none, and the item stays. Knows no
 
 from __future__ import annotations
 
-import ast
 import html
 import json
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,7 +35,6 @@ NAMED = re.compile(r"(?P<stem>.+?)(?P<end>\.jsonl?|\.ndjson|\.csv|\.parquet)(?:\
 META = re.compile(r"(?:raw_)?meta_(?P<category>.+)")
 REVIEWS = re.compile(r"(?:raw_review_|reviews_)?(?P<category>.+?)(?:_5)?")  # _5: the 5-core
 SAMPLE = 100  # records read to tell the version
-LONGEST = 1_000_000  # characters of a Python literal: its syntax tree takes a hundred times as much memory
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 PRICE = re.compile(r"\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*\d[\d,]*(?:\.\d+)?)?")  # of a range, where it begins
 CATEGORIES = ("categories", "category", "main_category", "main_cat")  # the first that is not empty
@@ -175,22 +172,10 @@ def record_of(text: str) -> Record | str:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        record = literal(text)
+        record = generic.literal(text)
         if record is None:
             return f"neither JSON nor a Python literal: {error}"
     return record if isinstance(record, dict) else f"an object was expected, not {type(record).__name__}"
-
-
-def literal(text: str) -> Any:
-    """The value of a Python literal, some 16,000 lines a second of one core; None where it is none."""
-    if len(text) > LONGEST:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `\\d` and the like in a title
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
 
 
 def item_key(record: Record, version: str) -> str | None:

@@ -95,6 +95,41 @@ def test_broken_json_lines_are_rejects_and_cost_no_others(tmp_path):
     assert "a JSON object was expected, not list" in broken["reason"][1]
 
 
+ROWS = [{"id": 1, "t": ["a", "b"]}, {"id": 2, "t": []}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        "[" + ",\n".join(map(json.dumps, ROWS)) + "]",
+        "\ufeff\n[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+    ],
+)
+@pytest.mark.parametrize("columns", [None, {"item_id": "id"}])
+def test_one_json_array_is_an_error_that_says_how_to_write_json_lines(tmp_path, content, columns):
+    with pytest.raises(SourceError, match=r"a\.json .*line 1: a JSON object was expected, not list.*lines=True"):
+        source_of(tmp_path, a__json=content).table("a.json", columns)
+
+
+def test_a_first_line_that_is_a_list_costs_no_other(tmp_path):
+    rows, broken = source_of(tmp_path, a__jsonl='[1]\n{"id": 2}\n').table("a.jsonl")
+    assert rows["id"].to_list() == ["2"] and broken["line"].to_list() == [1]
+
+
+def test_json_of_which_no_line_can_be_read_quotes_the_first(tmp_path):
+    with pytest.raises(SourceError, match=r"no line of .*a\.json .* line 2: no JSON: .*; export it as JSON lines"):
+        source_of(tmp_path, a__json='\n{\n"id": 1\n}\n').table("a.json", {"item_id": "id"})
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_a_csv_whose_header_has_no_comma_is_read_by_what_it_has(tmp_path, delimiter):
+    content = f'id{delimiter}title\n1{delimiter}Mug, red\n2{delimiter}"a{delimiter}b"\n'
+    rows, broken = source_of(tmp_path, a__csv=content).table("a.csv")
+    assert rows.rows() == [("1", "Mug, red", 2), ("2", f"a{delimiter}b", 3)] and broken.is_empty()
+
+
 @pytest.mark.parametrize(("end", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
 def test_compressed_text_is_read(tmp_path, end, pack):
     (tmp_path / f"a.jsonl{end}").write_bytes(pack(b'{"id": 1}\n'))

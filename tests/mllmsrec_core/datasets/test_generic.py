@@ -153,6 +153,14 @@ def test_a_time_outside_1990_to_2100_is_a_reject(tmp_path, unit, value):
 
 
 @settings(deadline=None)
+@given(st.integers(1, 20_000), st.sampled_from(["[{}]", "[[{}]]", "['{}', {}]", '{{"url": {}}}']))
+def test_text_that_looks_like_a_list_of_pictures_never_fails(depth, form):
+    form = form.replace("{}", "[" * depth + "'a.jpg'" + "]" * depth)
+    frame = pl.DataFrame({"image": [form, form[:-1], "[" * depth]})
+    assert frame.select(generic.first_filled("image", pl.String())).height == 3
+
+
+@settings(deadline=None)
 @given(st.sampled_from(get_args(generic.Unit)), st.lists(st.text(max_size=30), min_size=1, max_size=8))
 def test_any_text_is_a_time_or_a_reject(unit, values):
     frame = pl.DataFrame({"at": values}, schema={"at": pl.String})
@@ -201,6 +209,41 @@ def test_of_a_list_of_pictures_the_first_that_is_not_empty_is_taken(tmp_path, va
     items, _ = generic.items_in(FsspecSource(str(tmp_path)), f"items.{end}", columns)
     relative = expected and (expected.startswith("/x") or expected.startswith("/.."))
     assert items["image_uri"].to_list() == [f"{tmp_path}{expected}" if relative else expected]
+
+
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("['a.jpg', 'b.jpg']", "a.jpg"),  # pandas
+        ("['a.jpg' 'b.jpg'\n 'c.jpg']", "a.jpg"),  # numpy
+        ("[None, 'b\\d.jpg']", "b\\d.jpg"),
+        ("[]", None),
+        ('[{"alt": "a mug", "url": "a.jpg"}]', "a.jpg"),
+        ("{'alt': 'a mug', 'large': 'http://x/a.jpg'}", "http://x/a.jpg"),
+        ('{"hi_res": [null, "http://x/a.jpg"]}', "http://x/a.jpg"),
+        ("[cover] a.jpg", "[cover] a.jpg"),
+        ("{odd} a.jpg", "{odd} a.jpg"),
+        ("nan", None),
+    ],
+)
+def test_a_list_or_object_of_pictures_in_text_gives_its_first(written, place):
+    frame = pl.DataFrame({"image": [written]})
+    assert frame.select(generic.first_filled("image", pl.String()))["image"].to_list() == [place]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{"alt": "a mug", "url": "http://x/a.jpg"}],
+        [{"alt": None, "large": " http://x/a.jpg"}],
+        {"bytes": b"", "path": "http://x/a.jpg"},
+        [[None, "http://x/a.jpg"]],
+    ],
+)
+def test_a_typed_list_or_object_of_pictures_gives_its_first(value):
+    frame = pl.DataFrame({"image": [value]})
+    first = frame.select(generic.first_filled("image", frame.schema["image"]))
+    assert first["image"].to_list() == ["http://x/a.jpg"]
 
 
 def test_a_description_that_is_a_list_is_read_as_one_text(tmp_path):
