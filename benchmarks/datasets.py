@@ -8,7 +8,8 @@ movielens   ratings and posters of a MovieLens release (../shared/data/movielens
 pictures    some 450 hostile pictures through the images stage: how many are used, and why the others are not
 records     11,900 records of seven layouts, most of them damaged: each is in a table or in rejects
 json        JSON lines beside reading them with json.loads, and with one line in a thousand broken
-large       a catalogue of N items, a tenth of them with a picture on disk, beside a thread pool that resizes as many
+large       a catalogue of --items, --pictures of them with one on disk, beside a thread pool that resizes as many: pictures
+            a second, CPU and peak memory of both
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SHARED = ROOT.parent / "shared" / "data"
 PARTS = ("microlens", "movielens", "pictures", "records", "json", "large")
 CORES = ((0, 0), (5, 5), (6, 5), (7, 5), (8, 5))
 SHAPE = (375, 500)  # rows and columns: files of about 30 kB, as large as posters and covers are
+SMALLER = 65_536  # pixels that `large` and its thread pool scale every picture down to
 RECORDS = 850  # of each of the fourteen files whose records are damaged
 DAMAGED = 0.7  # share of those that are
 VALUES = (b"NaN", b"1e999", b"-1", b"9" * 40, b"null", b"[" * 2_000, b"{}", b"\\ud800", b"\xff\xfe", b"None", b"'")
@@ -45,21 +47,32 @@ REVIEWS = 300_000
 # --- what a run does --------------------------------------------------------------------------------------------------
 
 
-def published(store: Path, stages: Iterable[str], **ingest: Any) -> dict[str, pl.DataFrame]:
-    """The tables these stages publish in a new store; `ingest` as in a profile."""
+@contextmanager
+def clocked(name: str, n: int = 0) -> Iterator[None]:
+    """Print what was done meanwhile cost, the process's peak so far, and `n` pictures a second."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    rate = f", {n / wall:,.0f} pictures/s" if n else ""
+    print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU, {peak():,.0f} MB at most{rate}", flush=True)
+
+
+def published(
+    store: Path, stages: Iterable[str], others: Mapping[str, Any] | None = None, n_pictures: int = 0, **ingest: Any
+) -> dict[str, pl.DataFrame]:
+    """The tables these stages publish in a new store; `ingest` and `others` as in a profile."""
     from flows.settings import load
     from tasks.runner import How
     from tasks.stage_task import perform
     from tasks.work import open_work
 
     values = {"settings.store": str(store), "settings.keep_images": "reference", "model": "scripted"}
-    values |= {f"ingest.{name.replace('__', '.')}": value for name, value in ingest.items()}
+    values |= {f"ingest.{name.replace('__', '.')}": value for name, value in ingest.items()} | dict(others or {})
     config = load((), [f"{name}={json.dumps(value)}" for name, value in values.items()], {})
     work, records = open_work(config.to_json()), {}
     for name in stages:
-        began = time.perf_counter()
-        records[name], _ = perform(work, name, records, How(config.settings.window), {})
-        print(f"  {name}: {time.perf_counter() - began:.1f} s")
+        with clocked(f"  {name}", n_pictures if name == "images" else 0):
+            records[name], _ = perform(work, name, records, How(config.settings.window), {})
     made = {table: one["write_id"] for record in records.values() for table, one in record["tables"].items()}
     return {table: work.store.tables.read(table, write_id) for table, write_id in made.items()}
 
@@ -284,10 +297,19 @@ def json_part(folder: Path, given: argparse.Namespace) -> None:
 
 
 def large(folder: Path, given: argparse.Namespace) -> None:
+    """Ingest, then the images stage, which does more than the pool.
+
+    It lists versions, checks every picture before it is decoded, scales it to SMALLER pixels and writes a JPEG, names both
+    by sha256, syncs copies and answers to disk, and publishes a row for each item.
+    """
+    from mllmsrec_core.stages.images import SHOWING
+
     shop, n = folder / "shop", given.pictures
     tables = published(
         folder / "store",
         ["ingest", "images"],
+        {f"{stage}.max_pixels": SMALLER for stage in SHOWING},
+        n,
         dataset="generic",
         path=str(shop),
         generic__items_file="items.parquet",
@@ -295,7 +317,9 @@ def large(folder: Path, given: argparse.Namespace) -> None:
         generic__item_columns__image="image",
     )
     print(f"{tables['items'].height:,} items; pictures: {counted(tables['images']['status'])}")
-    assert tables["images"].filter(status="ok").height == n
+    ok = tables["images"].filter(status="ok")
+    assert ok.height == n
+    assert (ok["sha256"] != ok["original_sha256"]).all(), "each was scaled down"
 
 
 def make_large(shop: Path, items: int, n: int) -> None:
@@ -323,8 +347,12 @@ def make_large(shop: Path, items: int, n: int) -> None:
 
 
 def pool(folder: Path, given: argparse.Namespace) -> None:
-    """What img2dataset does with bytes that are here: decode, resize to 256 pixels, write a JPEG again; and no more."""
+    """What img2dataset does with bytes that are here: decode, scale down, write a JPEG; to the size and quality of ours.
+
+    Nothing is checked, named, recorded or synced.
+    """
     import io
+    import math
 
     from PIL import Image
 
@@ -333,9 +361,9 @@ def pool(folder: Path, given: argparse.Namespace) -> None:
 
     def one(path: Path) -> None:
         image = Image.open(io.BytesIO(path.read_bytes())).convert("RGB")
-        scale = 256 / max(image.size)
+        scale = math.sqrt(SMALLER / (image.width * image.height))
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-        image.save(resized / path.name, "JPEG", quality=95)
+        image.save(resized / path.name, "JPEG", quality=95, subsampling="4:4:4")
 
     with ThreadPoolExecutor(16) as threads:
         done = len(list(threads.map(one, sorted((folder / "shop").glob("p*/*.jpg")))))
@@ -365,12 +393,8 @@ def one_side(name: str, folder: Path, given: argparse.Namespace) -> None:
     import tasks.stage_task
     import tasks.work  # noqa: F401
 
-    wall, spent = time.perf_counter(), os.times()
-    SIDES[name](folder, given)
-    wall, now = time.perf_counter() - wall, os.times()
-    cpu = now.user + now.system - spent.user - spent.system
-    print(f"{name}: {wall:.1f} s, {cpu:.1f} s of CPU, {peak():,.0f} MB at most", end="", flush=True)
-    print(f", {given.pictures / wall:,.0f} pictures/s" if name in ("large", "pool") else "", flush=True)
+    with clocked(name, given.pictures if name == "pool" else 0):
+        SIDES[name](folder, given)
 
 
 def main(given: argparse.Namespace) -> None:
