@@ -22,6 +22,7 @@ ATTENTION = ("sdpa", "eager")  # those that take a mask with holes
 # Half the summed difference of two next-word distributions: rounding in float32, and in 16 bits.
 CLOSE = {torch.float32: 1e-4}
 CLOSE_IN_HALF = 0.1
+NO_WORD = -1  # where the scores are no numbers, and their largest would be whatever stands first in the vocabulary
 Tensors = dict[str, torch.Tensor]
 Draw = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Reader:
         marks: Sequence[tuple[int, ...]] | None = None,
     ) -> list[list[int]]:
         """Up to `most` token ids behind each prompt, the first of `stops` included; a finished row leaves the batch.
+        A row whose scores turn out to be no numbers ends with NO_WORD.
 
         `draw(scores, rows)` replaces the scores of the prompts `rows`, the largest of which is taken. With `marks`, as
         of `next_words`, what all prompts begin with is read once.
@@ -94,10 +96,10 @@ class Reader:
         live = list(range(len(mask)))
         while True:
             scores = draw(logits, live) if draw else logits
-            words = scores.argmax(dim=-1)
+            words = scores.argmax(dim=-1).where(_numbers(logits), NO_WORD)
             for row, word in zip(live, words.tolist(), strict=True):
                 texts[row].append(word)
-            going = [n for n, row in enumerate(live) if texts[row][-1] not in stops]
+            going = [n for n, row in enumerate(live) if texts[row][-1] not in (*stops, NO_WORD)]
             if not going or len(texts[live[0]]) == most:
                 return texts
             if len(going) < len(live):
@@ -242,13 +244,25 @@ class Reader:
     def _written(self, tensors: Tensors, most: int, stops: Sequence[int], draw: Draw | None) -> list[list[int]]:
         from transformers import LogitsProcessorList
 
-        everyone = range(len(tensors["input_ids"]))
-        drawn: Any = LogitsProcessorList([lambda _, scores: draw(scores, everyone)] if draw else [])
-        made = self.network.generate(**tensors, max_new_tokens=most, do_sample=False, logits_processor=drawn)
-        rows = made[:, tensors["input_ids"].shape[1] :].tolist()
+        everyone, known = range(len(tensors["input_ids"])), list[torch.Tensor]()
+
+        def look(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            known.append(_numbers(scores))
+            return draw(scores, everyone) if draw else scores
+
+        looking: Any = LogitsProcessorList([look])
+        made = self.network.generate(**tensors, max_new_tokens=most, do_sample=False, logits_processor=looking)
+        words = made[:, tensors["input_ids"].shape[1] :]
+        rows = words.where(torch.stack(known, dim=1), NO_WORD).tolist()
+        stops = (*stops, NO_WORD)
         ends = [next((n + 1 for n, word in enumerate(row) if word in stops), len(row)) for row in rows]
         self.tokens += int(tensors["attention_mask"].sum()) + sum(ends) - len(ends)
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def _numbers(scores: torch.Tensor) -> torch.Tensor:
+    """Which rows have a likeliest word: none where something overflowed to infinity or to no number."""
+    return scores.amax(dim=-1).isfinite()
 
 
 def _cut(tensor: torch.Tensor, level: Sequence[Segment], marks: Sequence[tuple[int, ...]]) -> torch.Tensor:

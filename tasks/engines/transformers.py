@@ -26,11 +26,11 @@ from mllmsrec_core.ask import key as key_of
 from mllmsrec_core.errors import AskError, EmptyReply, EngineError, MllmsrecError
 from storage.blobs import Blobs
 from tasks.engines.adapters import unpack
-from tasks.engines.answers import probable
+from tasks.engines.answers import no_numbers, probable
 from tasks.engines.batching import Batcher, Outcome
 from tasks.engines.chat import Chat, Encoded, Prompt, mark
 from tasks.engines.checkpoint import open_checkpoint
-from tasks.engines.reader import Reader
+from tasks.engines.reader import NO_WORD, Reader
 
 BATCH_SIZE = 32  # measured best of 8, 32, 64 for a small model on one CPU thread
 Question = Generate | Choose
@@ -228,9 +228,11 @@ class _Loaded:
         how = asks[0].decoding
         draw = Draw(asks) if how.temperature > 0 else None
         rows = self.reader.write(tensors, how.max_tokens, self.stops, draw, marks)
-        return [self._text(row, tokens) for row, tokens in zip(rows, read, strict=True)]
+        return [self._text(row, ask.model, tokens) for row, ask, tokens in zip(rows, asks, read, strict=True)]
 
-    def _text(self, row: list[int], tokens_in: int) -> Outcome:
+    def _text(self, row: list[int], model: Model, tokens_in: int) -> Outcome:
+        if row[-1] == NO_WORD:
+            return AskError(f"transformers: {no_numbers('probabilities', model)}")
         text = self.chat.tokenizer.decode(row, skip_special_tokens=True).strip()
         if not text:
             return EmptyReply(f"{self.chat.name} wrote nothing ({len(row)} tokens, none of them text)")

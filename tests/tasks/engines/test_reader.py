@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from mllmsrec_core.ask import Choose, Decoding, Generate, Message, Picture
 from tasks.engines.chat import Chat
 from tasks.engines.checkpoint import open_checkpoint
-from tasks.engines.reader import Reader
+from tasks.engines.reader import NO_WORD, Reader
 from tasks.engines.transformers import TransformersEngine
 from tasks.models import resolve
 
@@ -305,6 +306,25 @@ def test_a_row_that_has_ended_is_computed_no_further_and_changes_no_other(llama:
     assert len({len(text) for text in together}) > 2
     assert all(word not in stops for text in together for word in text[:-1])
     assert computed == sum(len(row) + len(text) - 1 for row, text in zip(rows, together, strict=True))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_row_whose_scores_are_no_numbers_ends_there_and_changes_no_other(plain: bool, llama: Reader) -> None:
+    rows = [[9, 10, 11, first] for first in range(40, 52)]
+    llama.network.generation_config.pad_token_id = 0
+    with torch.inference_mode():
+        texts = llama.write(tensors(rows), 8, [1], None)
+        fatal = texts[0][2]
+
+        def overflow(_: Any, args: Any, how: dict[str, Any], made: Any) -> None:
+            made.logits[how["input_ids"][:, -1] == fatal] = math.nan
+
+        llama.network.register_forward_hook(overflow, with_kwargs=True)
+        llama._plain = plain
+        broken = llama.write(tensors(rows), 8, [1], None)
+    expected = [[*text[: text.index(fatal) + 1], NO_WORD] if fatal in text[:-1] else text for text in texts]
+    assert broken == expected
+    assert any(text[-1] == NO_WORD for text in broken) and any(text[-1] != NO_WORD for text in broken)
 
 
 def test_what_all_prompts_begin_with_is_computed_once_before_texts_are_written(llama: Reader) -> None:

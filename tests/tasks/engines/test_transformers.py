@@ -268,6 +268,8 @@ def test_probabilities_that_are_none_fail_their_rows_and_are_never_a_success(
     name = next(name for name in weights if name.endswith("norm.weight") and "language" in name)
     save_file(weights | {name: weights[name] * math.nan}, folder / "model.safetensors", metadata={"format": "pt"})
     engine = TransformersEngine(blobs, {base.model.slug: str(folder)})
-    for error in ask_all(engine, [Choose(base.model, says(text), YES_NO) for text in ("red?", "blue?")]):
+    asks = [Choose(base.model, says(text), YES_NO) for text in ("red?", "blue?")]
+    drawn = Decoding(10, temperature=1.0, top_p=0.9)
+    for error in ask_all(engine, [*asks, *(Generate(base.model, says("red?"), how) for how in (GREEDY, drawn))]):
         assert type(error) is AskError and "no finite probabilities in float32" in str(error)
         assert "bfloat16" in str(error) and "retry" in str(error)
