@@ -40,7 +40,8 @@ from mllmsrec_core.stages import sft
 from storage.store import Store
 from tasks.engines.chat import Chat
 from tasks.engines.checkpoint import open_checkpoint
-from tasks.runner import ENGINE_LOOP, How
+from tasks.loop import ENGINE_LOOP
+from tasks.runner import How
 from tasks.stage_task import STAGE_BY_NAME, gather, perform
 from tasks.work import Work, open_work
 

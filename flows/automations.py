@@ -37,6 +37,11 @@ STARTED = ("Scheduled", "AwaitingRetry", "Pending", "Running")
 SET_ASIDE = ("Paused", "Suspended", "AwaitingRetry", "Scheduled")  # no process, so no heartbeat
 
 _OURS: dict[str, str | list[str]] = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+# A run of the command line has no deployment, so nobody could start it again, and who started it sees how it ends.
+_DEPLOYED: dict[str, str | list[str]] = {
+    "prefect.resource.role": "deployment",
+    "prefect.resource.id": "prefect.deployment.*",
+}
 _THE_PIPELINE: dict[str, str | list[str]] = {"prefect.resource.role": "flow", "prefect.resource.name": "mllmsrec"}
 
 
@@ -60,9 +65,9 @@ def dead_runs() -> AutomationCore:
 
 
 def restarts() -> AutomationCore:
-    """A run of the whole pipeline that crashed is scheduled again, as the same run, at most `RESTARTS` times.
+    """A deployed run of the whole pipeline that crashed is scheduled again, as the same run, at most `RESTARTS` times.
 
-    It waits for `PAUSE`, and does nothing if somebody else starts the run before. The bound is the run's own counter,
+    It waits for `PAUSE`, and does nothing if somebody starts or cancels the run before. The bound is the run's own counter,
     which Prefect raises at every start and which its events carry: the first start that crashes counts 1. A run that
     crashed before it started counts 0, and is left to somebody who looks.
     """
@@ -71,12 +76,12 @@ def restarts() -> AutomationCore:
         description=f"At most {RESTARTS} times; a run that failed with an error is not started again.",
         trigger=EventTrigger(
             after={RUN + "Crashed"},
-            expect={RUN + name for name in STARTED},
+            expect={RUN + name for name in (*STARTED, "Cancelled")},
             match={
                 "prefect.resource.id": RUN + "*",
                 "prefect.run-count": [str(count) for count in range(1, RESTARTS + 1)],
             },
-            match_related=[_OURS, _THE_PIPELINE],
+            match_related=[_OURS, _THE_PIPELINE, _DEPLOYED],
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -87,14 +92,14 @@ def restarts() -> AutomationCore:
 
 
 def failure_notice(block: UUID) -> AutomationCore:
-    """Every run that ends Failed, TimedOut or Crashed is told to the notification block with this id."""
+    """Every deployed run that ends Failed, TimedOut or Crashed is told to the notification block with this id."""
     return AutomationCore(
         name="mllmsrec: a failed run is told",
         description="Through the block that `mllmsrec deploy --notify` named last.",
         trigger=EventTrigger(
             expect={RUN + name for name in BROKEN},
             match={"prefect.resource.id": RUN + "*"},
-            match_related=_OURS,
+            match_related=[_OURS, _DEPLOYED],
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,

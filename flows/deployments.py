@@ -26,6 +26,7 @@ from prefect.workers.process import ProcessWorker
 from flows import automations
 from flows.pipeline import SETTINGS, STAGE_FLOWS
 from mllmsrec_core.errors import UsageError
+from storage.files import refuse_secrets
 from storage.store import Store
 from tasks.collect import collect as remove_unneeded
 from tasks.config import Config, Options, Settings
@@ -40,6 +41,8 @@ JOB_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PREFECT_LOGGING_LEVEL": "INFO",  # a worker's own level is inherited, and WARNING leaves the Logs tab empty
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(automations.HEARTBEAT_SECONDS),
+    # A process that Prefect starts for its hooks lies in its own folder, whose `storage.py` would stand before ours.
+    "PYTHONSAFEPATH": "1",
 }
 
 
@@ -79,9 +82,10 @@ def deployments(
     """The pipeline, which alone is scheduled (`cron`, UTC, paused), then each stage, then gc; nothing is sent anywhere.
 
     Relative paths in the parameters hold in the folder of the caller, where the runs will work too. Raises UsageError
-    for a relative store, and for a `cron` that is none.
+    for a relative store, for credentials in the dataset's path, and for a `cron` that is none.
     """
     refuse_relative(config.settings.store)
+    refuse_secrets(config.stage_params()["ingest"].path, {})  # a run opens it; here it would reach the server before
     settings = config.settings.model_dump(mode="json")
     params = config.params.model_dump(mode="json")
     told = {"params": params, "settings": settings, "options": (options or Options()).model_dump(mode="json")}

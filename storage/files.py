@@ -44,12 +44,12 @@ PASSING_STATUS = frozenset({408, 409, 429})  # and all from 500 on; 409: another
 PASSING_CODES = frozenset({"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"})
 PASSING_ERRNO = frozenset({errno.EBUSY, errno.EIO, getattr(errno, "EREMOTEIO", errno.EIO)})  # 503, a cut body, 500
 
-SECRET = re.compile(r"key|secret|token|password|credential|connection_string", re.IGNORECASE)
+SECRET = re.compile(r"key|secret|token(?!s|iz)|password|credential|connection_string", re.IGNORECASE)
 # user:password@ at the beginning of a URL; `host:9000/` is a port, and `container@account` holds no secret.
 USERINFO = re.compile(r"(?<=://)[^/@:]*:(?!\d+(?:/|$))[^@]*@")
 USE_THE_ENVIRONMENT = (
     "give credentials by the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; AWS_ENDPOINT_URL "
-    "for a server of your own; FSSPEC_S3_KEY and the like"
+    "for a server of your own; FSSPEC_S3_KEY and the like; HF_TOKEN for the hub, settings.api_key_env for endpoints"
 )
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.tmp$")  # what `_temporary` names its files
 
@@ -236,9 +236,9 @@ def refuse_secrets(url: str, options: Mapping[str, Any]) -> None:
         raise UsageError(f"{USERINFO.sub('...@', url)} holds credentials; take them out and {USE_THE_ENVIRONMENT}.")
     for name, value in _settings(options):
         if SECRET.search(name):
-            raise UsageError(f"storage option `{name}` may hold a secret; take it out and {USE_THE_ENVIRONMENT}.")
+            raise UsageError(f"option `{name}` may hold a secret; take it out and {USE_THE_ENVIRONMENT}.")
         if isinstance(value, str) and USERINFO.search(value):
-            raise UsageError(f"storage option `{name}` holds credentials; take them out and {USE_THE_ENVIRONMENT}.")
+            raise UsageError(f"option `{name}` holds credentials; take them out and {USE_THE_ENVIRONMENT}.")
 
 
 def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

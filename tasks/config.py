@@ -112,8 +112,9 @@ class Settings(BaseModel):
         from storage.files import refuse_secrets  # fsspec is slow to import, and `--help` needs none of it
 
         refuse_secrets(self.store, self.storage_options)
-        for root in self.image_roots:
-            refuse_secrets(root, {})
+        refuse_secrets("", self.vllm)
+        for url in (*self.image_roots, *self.endpoints):
+            refuse_secrets(url, {})
         return self
 
 

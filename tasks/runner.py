@@ -7,12 +7,9 @@ other. Replies are flushed as they come, on Ctrl-C and on SIGTERM too. Knows not
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import polars as pl
 
@@ -22,6 +19,7 @@ from mllmsrec_core.stage import Chain, Inputs, Row, Stage
 from storage.presence import Presence, present
 from storage.store import Store
 from tasks.engines import Engine
+from tasks.loop import ENGINE_LOOP
 from tasks.spent import Meter
 
 MIN_ROWS_FOR_ERROR_RATE = 50  # fewer say little about a share; the end of the stage checks in any case
@@ -367,34 +365,3 @@ def run_rows(
     if how.progress:
         how.progress(stage.name, counts)
     return finished, counts
-
-
-class _EngineLoop:
-    """One event loop for the process: engines outlive stages, and what they hold belongs to their loop."""
-
-    def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
-
-    def run(self, work: Awaitable[Any]) -> Any:
-        self._runner = self._runner or asyncio.Runner()
-        return self._runner.run(_until_terminated(work))
-
-
-async def _until_terminated(work: Awaitable[Any]) -> Any:
-    """Let SIGTERM end the work as Ctrl-C does: cancelled, flushed, then KeyboardInterrupt."""
-    task = asyncio.ensure_future(work)
-    on_main = threading.current_thread() is threading.main_thread()
-    loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
-    if on_main:
-        loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    finally:
-        if on_main:
-            loop.remove_signal_handler(signal.SIGTERM)
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-ENGINE_LOOP = _EngineLoop()

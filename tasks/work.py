@@ -24,7 +24,7 @@ from tasks.config import Config, Settings
 from tasks.engines import Engine
 from tasks.engines.scripted import MODEL as SCRIPTED
 from tasks.engines.scripted import ScriptedEngine
-from tasks.runner import ENGINE_LOOP
+from tasks.loop import ENGINE_LOOP
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from flows.commands.shared import (
     out,
     plain,
     say,
+    warnings_shown,
 )
 from mllmsrec_core.errors import UsageError
 from tasks.config import Config, Options
@@ -161,11 +162,14 @@ def try_(
 
 def perform(config: Config, options: Options, stage: str | None, as_json: bool) -> None:
     """Run every stage or one, show its progress, and say what was published."""
-    from flows import pipeline
+    from prefect import tags
+
+    from flows import events, pipeline
     from flows.bars import bars
+    from tasks.loop import terminable
     from tasks.work import environment
 
-    with bars(out, as_json, emit):
+    with terminable(), tags(events.TAG), warnings_shown(as_json), bars(out, as_json, emit):
         if stage:
             made = {stage: pipeline.STAGE_FLOWS[stage](config.params, config.settings, options)}
             path = None
@@ -214,7 +218,7 @@ def _say_what_is_lost_or_left(config: Config, env: str, stage: str | None, as_js
     for name in [stage] if stage else [one.name for one in STAGES]:
         lost = failures.counts(shown[name]) if name in shown else {}
         if lost and as_json:
-            emit("failed", stage=name, classes=lost)
+            emit("failures", stage=name, classes=lost)
         elif lost:
             say(f"{name}: failed rows: {failures.summary(shown[name])}; see mllmsrec errors --stage {name}")
         part = coverage(shown[name]) if name in shown else 0.0

@@ -6,6 +6,7 @@ Knows no command.
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -111,6 +112,26 @@ def emit(event: str, **fields: Any) -> None:
 def say(text: str) -> None:
     """One line as it is, nothing in it read as markup."""
     out.print(plain(text), highlight=False)
+
+
+@contextmanager
+def warnings_shown(as_json: bool) -> Iterator[None]:
+    """While open, what a run warns of in its log is said here too."""
+
+    class Said(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.WARNING:  # errors end the command, which says them itself
+                words = record.getMessage()
+                emit("warning", message=words) if as_json else say(f"Warning: {words}")
+
+    said, logs = Said(), [logging.getLogger(f"prefect.{name}") for name in ("flow_runs", "task_runs")]
+    for log in logs:
+        log.addHandler(said)
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.removeHandler(said)
 
 
 def plain(text: Any) -> str:

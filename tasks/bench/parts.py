@@ -23,7 +23,7 @@ from tasks.bench.meter import in_turn
 from tasks.bench.rehearsal import Asked, Bout
 from tasks.engines import Engine
 from tasks.engines.pictures import check, decode
-from tasks.runner import ENGINE_LOOP
+from tasks.loop import ENGINE_LOOP
 
 PARTS = ("source", "decode of images", "prefill", "decode", "writer")
 CHECKERS, COPIERS = 4, 8  # threads in which the fetch engine decodes and keeps pictures

@@ -206,13 +206,37 @@ def test_no_field_of_the_form_holds_a_secret():
     assert not any(field.get("format") == "password" for field in LEAVES.values())
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"ingest__dataset": '"generic"', "ingest__path": '"s3://AKIA:hunter2@bucket/x"'},
+        {"settings__endpoints": '["http://user:hunter2@host/v1"]'},
+        {"settings__vllm": '{hf_token="hunter2"}'},
+        {"settings__image_roots": '["s3://AKIA:hunter2@bucket/x"]'},
+    ],
+)
+def test_credentials_never_reach_the_server(small, others):
+    with pytest.raises(UsageError, match="environment") as error:
+        deployments(small(**others))
+    assert "hunter2" not in str(error.value)
+
+
 # --- automations ----------------------------------------------------------------------------------------------------
 
 
-def crash(run_count: int, flow: str = "mllmsrec", tags: tuple[str, ...] = ("mllmsrec", "env:dev")) -> ReceivedEvent:
+def crash(
+    run_count: int,
+    flow: str = "mllmsrec",
+    tags: tuple[str, ...] = ("mllmsrec", "env:dev"),
+    deployments: tuple[str, ...] = ("1",),
+) -> ReceivedEvent:
     """The event that a server sends when a run is marked Crashed."""
     related = [
         {"prefect.resource.id": "prefect.flow.1", "prefect.resource.role": "flow", "prefect.resource.name": flow},
+        *(
+            {"prefect.resource.id": f"prefect.deployment.{one}", "prefect.resource.role": "deployment"}
+            for one in deployments
+        ),
         *({"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in tags),
     ]
     return ReceivedEvent(
@@ -238,11 +262,13 @@ def test_a_crashed_pipeline_starts_again_twice_and_then_stays_crashed():
     assert not trigger.starts_after("prefect.flow-run.Failed")
 
 
-def test_a_crashed_pipeline_that_somebody_starts_meanwhile_is_not_started_twice():
+def test_a_crashed_pipeline_that_somebody_starts_or_cancels_meanwhile_is_not_started_again():
     trigger = on_server(automations.restarts())
     assert trigger.posture == Posture.Proactive
     assert trigger.within >= timedelta(seconds=60)
-    assert all(trigger.expects(f"prefect.flow-run.{name}") for name in ("AwaitingRetry", "Pending", "Running"))
+    assert all(
+        trigger.expects(f"prefect.flow-run.{name}") for name in ("AwaitingRetry", "Pending", "Running", "Cancelled")
+    )
     assert not trigger.expects("prefect.flow-run.Crashed")
 
 
@@ -250,6 +276,13 @@ def test_a_stage_alone_and_runs_of_others_are_not_started_again():
     trigger = on_server(automations.restarts())
     assert not trigger.covers(crash(1, flow="mllmsrec-caption"))
     assert not trigger.covers(crash(1, tags=("env:dev",)))
+
+
+def test_a_run_of_the_command_line_is_marked_dead_but_neither_started_again_nor_told():
+    dead = crash(1, deployments=())
+    assert on_server(automations.dead_runs()).covers(dead)
+    assert not on_server(automations.restarts()).covers(dead)
+    assert not on_server(automations.failure_notice(UUID(int=2))).covers(dead)
 
 
 def test_silence_after_a_heartbeat_is_death_unless_the_run_ended_or_was_set_aside():

@@ -110,7 +110,7 @@ def test_clip_tells_a_right_caption_from_one_with_a_wrong_colour(shop):
             pairs += [(True, await cosine(row["sha256"], right)), (False, await cosine(row["sha256"], wrong))]
         return pairs
 
-    from tasks.runner import ENGINE_LOOP
+    from tasks.loop import ENGINE_LOOP
 
     pairs = ENGINE_LOOP.run(both())
     labels, scores = zip(*pairs, strict=True)
