@@ -71,7 +71,10 @@ class Source(Protocol):
     """Where a dataset's files lie; paths are relative to its root. Readers in the core open files only here."""
 
     def names(self, under: str = "") -> list[str]:
-        """Every file below `under`, sorted; names that are no UTF-8 are left out."""
+        """Every file below `under`, sorted; names that are no UTF-8 are left out.
+
+        Members of a zip archive are `zip://7.jpg::covers.zip`. Raises SourceError for an archive that cannot be read.
+        """
         ...
 
     def table(self, name: str, columns: Mapping[str, str] | None = None) -> tuple[pl.DataFrame, pl.DataFrame]:

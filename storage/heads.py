@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 
 from mllmsrec_core.errors import SourceError, StoreError
-from storage.source import COMPRESSED, DELIMITERS, JSON_LINES, FsspecSource
+from storage.formats import COMPRESSED, DELIMITERS, JSON_LINES
+from storage.source import FsspecSource
 
 PIECE = 1 << 20  # bytes of text, unpacked, read of each file: some thousand rows
 ROWS = 5_000  # of each Parquet file

@@ -19,7 +19,6 @@ from datetime import datetime
 from itertools import accumulate
 from tempfile import TemporaryDirectory
 from typing import IO, Any, TypeVar
-from urllib.parse import unquote
 
 import polars as pl
 import pyarrow
@@ -28,22 +27,20 @@ from fsspec.core import split_protocol
 from fsspec.utils import infer_compression
 
 from mllmsrec_core.datasets import REJECTS
+from mllmsrec_core.datasets.generic import ARCHIVE
 from mllmsrec_core.errors import ImageRefused, ImageUnreadable, SourceError, StoreError, UsageError, nearest
 from storage.files import Files
+from storage.formats import COMPRESSED, DELIMITERS, JSON_LINES, TABLES, extension_of, keys_of
 from storage.parquet import parquet
 from storage.places import Places, parts
 from storage.rows import Rows, delimited, json_lines, refuse_array
 
 T = TypeVar("T")
 
-DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".psv": "|", ".ssv": ";"}
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 PIECE = 1 << 26  # bytes of text turned into a frame at a time
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SOMETHING = re.compile(rb"\S")
 EMPTY_PACKED = 64  # bytes; nothing packs into 14 to 32, by format
-NULL_FOLDER = "__HIVE_DEFAULT_PARTITION__"  # what engines call the folder of rows without a value
 
 # Where file systems keep what changes when a file does, best first.
 MARKS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -66,10 +63,22 @@ class FsspecSource:
     def names(self, under: str = "") -> list[str]:
         """Every file below `under`, sorted; empty where there is no such folder.
 
-        A name that is no UTF-8 is left out: no table can name it, and no file that we look for has one.
+        A name that is no UTF-8 is left out: no table can name it, and no file that we look for has one. Members of a zip
+        archive are called as `Places` reads them. Raises SourceError for an archive that is missing or damaged.
         """
+        if under.lower().endswith(ARCHIVE) and not self._isdir(under):
+            return self._members(under)
         names = _of_source(lambda: self.files.names(under))
         return [name for name in names if name.isascii() or name == name.encode(errors="replace").decode()]
+
+    def _members(self, archive: str) -> list[str]:
+        try:
+            contents = _of_source(lambda: Places().contents(self.uri(archive)))
+        except FileNotFoundError as error:
+            raise self._missing(archive) from error
+        except (OSError, ValueError, ImageRefused, ImageUnreadable) as error:
+            raise SourceError(f"cannot read {self.uri(archive)}: {error}; download or pack it again") from error
+        return sorted(f"zip://{name}::{archive}" for name in contents if "::" not in name)
 
     def uri(self, name: str) -> str:
         """The absolute path (local) or URL (elsewhere) of `name`; of the root for an empty name."""
@@ -234,13 +243,12 @@ class FsspecSource:
 
     def _parts(self, folder: str) -> list[str]:
         """The tables below a folder, all of one format, in the order of their names."""
-        tables = (*DELIMITERS, *JSON_LINES, ".parquet")
         hidden = re.compile(r"/(?!\.\./)[._]")  # what engines write beside tables; `..` is refused later
         below = [name for name in self.names(folder) if not hidden.search(name.removeprefix(folder.rstrip("/")))]
-        names = [name for name in below if extension_of(name) in tables]
+        names = [name for name in below if extension_of(name) in TABLES]
         kinds = sorted({extension_of(name) for name in names})
         if not names:
-            raise SourceError(f"{self.uri(folder)} holds no file with rows ({', '.join(tables)}); check the path")
+            raise SourceError(f"{self.uri(folder)} holds no file with rows ({', '.join(TABLES)}); check the path")
         if len(kinds) > 1:
             raise SourceError(
                 f"{self.uri(folder)} holds tables of several formats ({', '.join(kinds)}): name the one file that is meant, "
@@ -372,18 +380,6 @@ def _version(info: Mapping[str, Any]) -> str:
         return str(mark).strip('"')
     mark = mark.timestamp() if isinstance(mark, datetime) else mark
     return f"{info.get('size')}-{mark:.6f}" if isinstance(mark, float) else f"{info.get('size')}-{mark}"
-
-
-def extension_of(name: str) -> str:
-    """The ending that says what a file holds, in lower case, without that of its compression."""
-    plain = name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
-    return os.path.splitext(plain)[1].lower()
-
-
-def keys_of(name: str) -> dict[str, str | None]:
-    """What the key=value folders in the name of a part say."""
-    pairs = [folder.partition("=") for folder in name.split("/")[:-1] if "=" in folder]
-    return {unquote(key): None if value == NULL_FOLDER else unquote(value) for key, _, value in pairs}
 
 
 def _checked(columns: Mapping[str, str] | None, known: Collection[str], where: str) -> Mapping[str, str] | None:

@@ -16,8 +16,9 @@ import polars as pl
 
 from mllmsrec_core.datasets import amazon, generic, microlens
 from mllmsrec_core.errors import SourceError
+from storage.formats import TABLES, extension_of, keys_of
 from storage.heads import Head, heads
-from storage.source import DELIMITERS, JSON_LINES, FsspecSource, extension_of, keys_of
+from storage.source import FsspecSource
 
 PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|avif)$", re.IGNORECASE)
 
@@ -238,7 +239,7 @@ def tables(source: FsspecSource, names: Sequence[str]) -> Iterable[Head]:
 
 def cut_from(name: str) -> str:
     """The folder a part was cut from: the one above its key=value folders, or that of `part-0001.csv`; else empty."""
-    if extension_of(name) not in (*DELIMITERS, *JSON_LINES, ".parquet"):
+    if extension_of(name) not in TABLES:
         return ""
     folder, _, last = name.rpartition("/")
     above = re.sub(r"(/[^/=]+=[^/]*)+$", "", folder)

@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -26,6 +27,8 @@ TICKS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}  # a second 
 EARLIEST, LATEST = datetime(1990, 1, 1, tzinfo=UTC), datetime(2100, 1, 1, tzinfo=UTC)  # a time outside is a wrong unit
 NAIVE = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M")  # many times faster than one pattern of all that may stand there
 NOTHING = ("", "None", "null", "nan", "NaN")  # how exports write that there is no picture
+ABSOLUTE = r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"
+ARCHIVE = ".zip"
 PLACES = ("url", "uri", "src", "href", "path")  # how an object calls the place of its picture
 SIDE_BY_SIDE = re.compile(r"""(?<=['"])\s+(?=['"])""")  # numpy puts no comma between texts, which Python would join
 LONGEST = 1_000_000  # characters of a Python literal: its syntax tree takes a hundred times as much memory
@@ -59,6 +62,9 @@ class Params(stage.Params):
     liked_from: float | None = Field(
         default=None, description="ratings from here on are liked; none: every interaction is"
     )
+    images: str | None = Field(
+        default=None, description="a folder or zip archive that relative places of pictures begin in; none: the root"
+    )
     item_columns: ItemColumns = ItemColumns()
     interaction_columns: InteractionColumns = InteractionColumns()
 
@@ -66,14 +72,16 @@ class Params(stage.Params):
 def read(source: Source | None, params: Params) -> Catalogue:
     """The catalogue of files laid out as `params` says. Raises SourceError for a missing file or column."""
     assert source is not None, "the runner opens a source for every dataset that has a path"
-    items, broken_items = items_in(source, params.items_file, params.item_columns)
+    items, broken_items = items_in(source, params.items_file, params.item_columns, params.images)
     interactions, rejects = interactions_in(
         source, params.interactions_file, params.interaction_columns, params.at_unit, params.liked_from
     )
     return Catalogue(items, interactions, pl.concat([broken_items, rejects]))
 
 
-def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFrame, pl.DataFrame]:
+def items_in(
+    source: Source, name: str, columns: ItemColumns, images: str | None = None
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Items with the columns of ITEMS, `image_version`, `source` and `line`; and the broken rows of their file."""
     mapped = {ours: theirs for ours, theirs in columns.model_dump(exclude={"attributes"}).items() if theirs}
     frame, broken = source.table(name, mapped | {f"attribute:{theirs}": theirs for theirs in columns.attributes})
@@ -84,7 +92,7 @@ def items_in(source: Source, name: str, columns: ItemColumns) -> tuple[pl.DataFr
     return frame.select(
         *(text(ours, frame.schema[ours]) for ours in ("item_id", "title", "description", "category", "image_version")),
         attributes=pl.struct(attributes).struct.json_encode() if attributes else pl.lit(None, pl.String),
-        image_uri=absolute(first_filled("image", frame.schema["image"]), source.uri("")),
+        image_uri=absolute(below(first_filled("image", frame.schema["image"]), images), source.uri("")),
         source="source",
         line="line",
     ).select(*ITEMS, "image_version", "source", "line"), broken
@@ -285,10 +293,39 @@ def _place(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() not in NOTHING else None
 
 
+def below(place: pl.Expr, images: str | None) -> pl.Expr:
+    """A relative path as one below a folder, a zip archive, or a folder in one (`zip://covers::shop.zip`)."""
+    if images is None:
+        return place
+    inner, chained, archive = images.partition("::")
+    inner, archive = (f"{inner.rstrip('/')}/", archive) if chained else ("zip://", images)
+    if archive.lower().endswith(ARCHIVE):
+        member = pl.concat_str(pl.lit(inner), place.str.strip_prefix("./"), pl.lit(f"::{archive}"))
+    else:
+        member = pl.concat_str(pl.lit(f"{images.rstrip('/')}/"), place)
+    return pl.when(place.str.contains(ABSOLUTE)).then(place).otherwise(member)
+
+
 def absolute(place: pl.Expr, root: str) -> pl.Expr:
     """A path below the dataset's root, or that of an archive (`zip://7.jpg::covers.zip`), as a URI; absolute ones stay."""
     member = place.str.extract(r"^(zip://.*?::)").fill_null("")
     file = place.str.replace(r"^zip://.*?::", "")
     below = pl.concat_str(pl.lit(f"{root}/"), file)
-    absolute = file.str.contains(r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)")
+    absolute = file.str.contains(ABSOLUTE)
     return pl.concat_str(member, pl.when(absolute).then(file).otherwise(below))
+
+
+def by_item(source: Source, names: Iterable[str], folder: str, ends: tuple[str, ...]) -> pl.DataFrame:
+    """item_id and image_uri of the pictures called `<item>.jpg`: those in `folder`, and members of an archive wherever
+    in it they are. Of two of one item the first by name."""
+    found: dict[str, str] = {}
+    for name in names:
+        place, _, archive = name.partition("::")
+        above, _, last = place.rpartition("/")
+        if (archive or above == folder.rstrip("/")) and last.lower().endswith(ends):
+            found.setdefault(last.rpartition(".")[0], name)
+    frame = pl.DataFrame(
+        {"item_id": list(found), "name": list(found.values())},
+        schema_overrides=dict.fromkeys(("item_id", "name"), pl.String),
+    )
+    return frame.select("item_id", image_uri=absolute(pl.col("name"), source.uri("")))

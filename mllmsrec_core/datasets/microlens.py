@@ -36,7 +36,7 @@ class Params(stage.Params):
     )
     titles_file: str | None = Field(default=None, description="none: found by its name")
     views_file: str | None = Field(default=None, description="likes and views; there may be none")
-    covers: str | None = Field(default=None, description="the folder of <item>.jpg; there may be none")
+    covers: str | None = Field(default=None, description="folder or zip archive of <item>.jpg; none: found by its name")
 
 
 def read(source: Source | None, params: Params) -> Catalogue:
@@ -203,22 +203,24 @@ def unquoted(title: pl.Expr) -> pl.Expr:
     return pl.when(plain.str.strip_chars() != "").then(plain.str.strip_chars())
 
 
-def covers_in(source: Source, names: Sequence[str], folder: str | None) -> pl.DataFrame:
-    """item_id and image_uri of every cover, from the listing. Raises SourceError where several folders are covers."""
-    pictures = [name for name in names if name.lower().endswith(PICTURES)]
-    if folder is None:
-        folders = sorted({under for name in pictures if (under := name.rpartition("/")[0]).lower().endswith("covers")})
-        if len(folders) > 1:
+def covers_in(source: Source, names: Sequence[str], place: str | None) -> pl.DataFrame:
+    """item_id and image_uri of every cover, from the listing of a folder or of a zip archive, which a folder goes before.
+
+    Raises SourceError where several are covers.
+    """
+    if place is None:
+        folders = {name.rpartition("/")[0] for name in names if name.lower().endswith(PICTURES)}
+        places = sorted(under for under in folders if under.lower().endswith("covers"))
+        places = places or [name for name in names if name.lower().endswith(f"covers{generic.ARCHIVE}")]
+        if len(places) > 1:
             raise SourceError(
-                f"there are several folders of covers in {source.uri('')} ({', '.join(folders[:10])}): name one as "
+                f"there are several folders of covers in {source.uri('')} ({', '.join(places[:10])}): name one as "
                 "ingest.microlens.covers"
             )
-        folder = folders[0] if folders else None
-    inside = [name for name in pictures if folder is not None and name.rpartition("/")[0] == folder.rstrip("/")]
-    stems = [name.rpartition("/")[2].rpartition(".")[0] for name in inside]
-    frame = pl.DataFrame({"item_id": stems, "name": inside}, schema={"item_id": pl.String, "name": pl.String})
-    frame = frame.filter(pl.col("item_id").str.contains(NUMBER)).unique("item_id", keep="first", maintain_order=True)
-    return frame.select("item_id", image_uri=generic.absolute(pl.col("name"), source.uri("")))
+        place = places[0] if places else None
+    listed = source.names(place) if place and place.lower().endswith(generic.ARCHIVE) else names
+    covers = generic.by_item(source, listed if place else (), place or "", PICTURES)
+    return covers.filter(pl.col("item_id").str.contains(NUMBER))
 
 
 def with_covers(titled: pl.DataFrame, covers: pl.DataFrame) -> pl.DataFrame:

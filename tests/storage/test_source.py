@@ -8,6 +8,7 @@ import os
 import sys
 import tracemalloc
 import uuid
+from zipfile import ZipFile
 
 import fsspec
 import polars as pl
@@ -16,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mllmsrec_core.errors import SourceError
 from storage import source as module
+from storage.places import Places
 from storage.source import ABSENT, UNKNOWN, FsspecSource, inside
 
 
@@ -288,6 +290,25 @@ def test_names_are_relative_and_sorted(tmp_path):
     assert source.names() == ["a.csv", "b.csv", "posters/1.jpg"]
     assert source.names("posters") == ["posters/1.jpg"]
     assert source.names("nothing") == []
+
+
+def test_the_members_of_an_archive_are_named_as_they_are_read_and_versioned(tmp_path):
+    with ZipFile(tmp_path / "covers.zip", "w") as archive:
+        archive.mkdir("img")
+        for name in ("img/b.jpg", "a.jpg", "odd::name.jpg"):
+            archive.writestr(name, name)
+    source = FsspecSource(str(tmp_path))
+    assert source.names("covers.zip") == ["zip://a.jpg::covers.zip", "zip://img/b.jpg::covers.zip"]
+    uri = f"zip://img/b.jpg::{source.uri('covers.zip')}"
+    assert Places().read(uri, 100) == b"img/b.jpg" and source.versions([uri]) not in ([UNKNOWN], [ABSENT])
+
+
+def test_an_archive_that_is_missing_or_damaged_is_an_error_that_says_so(tmp_path):
+    source = source_of(tmp_path, covers__zip="no archive", a__csv="x")
+    with pytest.raises(SourceError, match=r"cannot read .*covers\.zip: .*pack it again"):
+        source.names("covers.zip")
+    with pytest.raises(SourceError, match=r"there is no .*cover\.zip; did you mean `covers\.zip`"):
+        source.names("cover.zip")
 
 
 def test_versions_change_with_the_file_and_say_what_is_absent_or_unknown(tmp_path):

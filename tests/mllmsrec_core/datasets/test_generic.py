@@ -212,6 +212,29 @@ def test_of_a_list_of_pictures_the_first_that_is_not_empty_is_taken(tmp_path, va
 
 
 @pytest.mark.parametrize(
+    ("images", "place", "expected"),
+    [
+        ("covers.zip", "./a.jpg", "zip://a.jpg::{root}/covers.zip"),
+        ("zip://img::covers.zip", "a.jpg", "zip://img/a.jpg::{root}/covers.zip"),
+        ("/shop/covers.ZIP", "img/a.jpg", "zip://img/a.jpg::/shop/covers.ZIP"),
+        ("s3://shop/covers.zip", "a.jpg", "zip://a.jpg::s3://shop/covers.zip"),
+        ("img/", "a.jpg", "{root}/img/a.jpg"),
+        ("https://x.org/img", "a.jpg", "https://x.org/img/a.jpg"),
+        (None, "a.jpg", "{root}/a.jpg"),
+        ("covers.zip", "https://x.org/a.jpg", "https://x.org/a.jpg"),
+        ("covers.zip", "/shop/a.jpg", "/shop/a.jpg"),
+        ("covers.zip", "zip://a.jpg::b.zip", "zip://a.jpg::{root}/b.zip"),
+        ("covers.zip", "", None),
+    ],
+)
+def test_relative_places_of_pictures_begin_in_the_folder_or_archive_that_is_named(tmp_path, images, place, expected):
+    (tmp_path / "items.csv").write_text(f"item_id,title,image\na,A,{place}\n")
+    (tmp_path / "clicks.csv").write_text("user_id,item_id,at\nu,a,1700000000\n")
+    items = read(tmp_path, "items.csv", "clicks.csv", images=images, item_columns={"image": "image"}).items
+    assert items["image_uri"].to_list() == [expected and expected.format(root=tmp_path)]
+
+
+@pytest.mark.parametrize(
     ("written", "place"),
     [
         ("['a.jpg', 'b.jpg']", "a.jpg"),  # pandas

@@ -1,8 +1,10 @@
 """microlens reads pairs, titles, covers and counts in every form they are published in."""
 
+import io
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from zipfile import ZipFile
 
 import polars as pl
 import pytest
@@ -112,6 +114,28 @@ def test_covers_are_the_pictures_and_an_item_without_one_or_without_a_title_stay
         ("10", "Plain", None, 3),
         ("99", None, f"{source.uri('')}/{under}/99.PNG", None),
     ]
+
+
+def archived(*names):
+    content = io.BytesIO()
+    with ZipFile(content, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("covers", [None, "MicroLens-50k_covers.zip"])
+def test_covers_may_lie_in_an_archive(covers):
+    files = RELEASE | {"MicroLens-50k_covers.zip": archived("MicroLens-50k_covers/7.jpg", "thumb.jpg")}
+    items = read(files, covers=covers).items
+    assert items["item_id"].to_list() == ["7", "10"]
+    assert items["image_uri"][0].startswith("zip://MicroLens-50k_covers/7.jpg::memory:")
+    assert items["image_uri"][0].endswith("/MicroLens-50k_covers.zip") and items["image_uri"][1] is None
+
+
+def test_a_folder_of_covers_goes_before_the_archive_it_was_unpacked_from():
+    files = RELEASE | {"M_covers.zip": archived("7.jpg"), "M_covers/7.jpg": b"x"}
+    assert read(files).items["image_uri"][0].endswith("/M_covers/7.jpg")
 
 
 def test_of_several_folders_of_covers_one_is_named():

@@ -1,6 +1,7 @@
 """movielens reads a release as published, posters beside it."""
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -62,6 +63,22 @@ def test_a_release_without_posters_is_whole(release):
     (release / "posters" / "1.jpg").unlink()
     (release / "posters").rmdir()
     assert read(release).items["image_uri"].null_count() == 2
+
+
+def test_posters_may_lie_in_an_archive_which_has_to_be_there(release):
+    with ZipFile(release / "posters.zip", "w") as archive:
+        for name in ("posters/2.jpg", "__MACOSX/posters/._2.jpg", "posters/readme.txt"):
+            archive.writestr(name, "")
+    uris = read(release, posters="posters.zip").items["image_uri"].to_list()
+    assert uris == [None, f"zip://posters/2.jpg::{release}/posters.zip"]
+    with pytest.raises(SourceError, match=r"there is no .*poster\.zip"):
+        read(release, posters="poster.zip")
+
+
+def test_of_a_folder_of_posters_only_its_own_pictures_are_posters(release):
+    (release / "posters" / "backs").mkdir()
+    (release / "posters" / "backs" / "2.jpg").write_bytes(b"")
+    assert read(release, posters="posters/").items["image_uri"].null_count() == 1
 
 
 @pytest.mark.parametrize("name", ["movies.csv", "ratings.csv"])
