@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Literal, get_args
 
 import polars as pl
 
@@ -19,8 +19,8 @@ from mllmsrec_core.errors import SourceError
 from storage.formats import TABLES, extension_of, keys_of
 from storage.heads import Head, heads
 from storage.source import FsspecSource
-
-PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|avif)$", re.IGNORECASE)
+from tasks.init_pictures import named_by_number, with_pictures
+from tasks.proposal import Found, Line, Proposal, several
 
 # Columns by what they are called, the most telling first; letters and digits alone, in lower case.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -58,31 +58,6 @@ OF_INTERACTIONS = ("user_id", "item_id", "at", "rating")
 LIKED = ((1, 1.0), (5, 4.0), (10, 8.0), (100, 80.0))  # the end of a scale of ratings, and where liking begins on it
 
 
-@dataclass(frozen=True)
-class Line:
-    """One `key = value` of a profile, below `table`; `unsure` says why it is a guess."""
-
-    table: str
-    key: str
-    value: Any
-    unsure: str = ""
-    note: str = ""
-    off: bool = False  # written as a comment: what could stand there
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A profile: the dataset's reader and its lines."""
-
-    dataset: str
-    lines: tuple[Line, ...]
-
-    @property
-    def unsure(self) -> list[str]:
-        """Every doubt, as `table.key: why`."""
-        return [f"{line.table}.{line.key}: {line.unsure}" for line in self.lines if line.unsure]
-
-
 def propose(path: str) -> Proposal:
     """What the files below `path`, a folder on any fsspec URL, seem to be.
 
@@ -116,7 +91,9 @@ def movielens(source: FsspecSource, names: Sequence[str]) -> Proposal | None:
                 Line("ingest.movielens", "movies_file", f"{folder}movies.csv"),
                 Line("ingest.movielens", "liked_from", 4.0, note="ratings from here on are liked"),
             ]
-            return Proposal("movielens", (*lines, *pictures_in(names, "ingest.movielens", "posters", ".jpg")))
+            return Proposal(
+                "movielens", (*lines, *named_by_number(source, names, "ingest.movielens", "posters", ".jpg"))
+            )
     return None
 
 
@@ -132,7 +109,7 @@ def of_microlens(source: FsspecSource, names: Sequence[str]) -> Proposal | None:
     lines = [
         Line("ingest.microlens", key, files[0], several(files, "by its name")) for key, files in found.items() if files
     ]
-    return Proposal("microlens", (*lines, *pictures_in(names, "ingest.microlens", "covers")))
+    return Proposal("microlens", (*lines, *named_by_number(source, names, "ingest.microlens", "covers")))
 
 
 def of_amazon(source: FsspecSource, names: Sequence[str]) -> Proposal | None:
@@ -157,31 +134,7 @@ def ending(names: Iterable[str], pattern: str) -> list[str]:
     return [name for name in names if whole.fullmatch(name)]
 
 
-def several(files: Sequence[str], how: str) -> str:
-    """Why a file among several is a guess; empty where it is the only one."""
-    return f"chosen {how}; there are also {', '.join(files[1:6])}" if len(files) > 1 else ""
-
-
-def pictures_in(names: Iterable[str], table: str, key: str, ends: str = "") -> list[Line]:
-    """The folder with most pictures that are named by a number, where there is one."""
-    folders: dict[str, int] = {}
-    for name in names:
-        folder, _, last = name.rpartition("/")
-        if folder and PICTURES.search(last) and last.lower().endswith(ends) and last.partition(".")[0].isdigit():
-            folders[folder] = folders.get(folder, 0) + 1
-    most = sorted(folders, key=lambda folder: (-folders[folder], folder))
-    return [Line(table, key, most[0], several(most, "for its many pictures"))] if most else []
-
-
 # --- any other files --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Found:
-    """A column that seems to be one of ours."""
-
-    column: str
-    unsure: str = ""
 
 
 def of_generic(source: FsspecSource, names: Sequence[str]) -> Proposal:
@@ -201,6 +154,7 @@ def of_generic(source: FsspecSource, names: Sequence[str]) -> Proposal:
         )
     of_items, of_clicks = mapped(items, OF_ITEMS), mapped(clicks, OF_INTERACTIONS)
     of_clicks["item_id"] = joined(of_clicks["item_id"], clicks, values(items, of_items["item_id"].column), items.whole)
+    of_items, images = with_pictures(source, names, items, of_items)
     rest = [head.name for head in looked if head not in (clicks, items)]
     unread = f"the file that looks most like it; not used: {', '.join(rest[:5])}" if rest else ""
     lines = [
@@ -213,7 +167,8 @@ def of_generic(source: FsspecSource, names: Sequence[str]) -> Proposal:
         Line("ingest.generic", "interactions_file", clicks.name, unread),
         *unit_of(clicks, of_clicks),
         *threshold(clicks, of_clicks),
-        *columns("ingest.generic.item_columns", with_pictures(names, items, of_items), "title"),
+        *images,
+        *columns("ingest.generic.item_columns", of_items, "title"),
         *attributes(items, of_items),
         *columns("ingest.generic.interaction_columns", of_clicks, "at"),
     ]
@@ -353,33 +308,6 @@ def threshold(clicks: Head, found: dict[str, Found]) -> list[Line]:
     end, liked = fitting[0]
     stars = end == 5 and top == 5 and float(rated.min() or 0) > 0  # type: ignore[arg-type]
     return [Line(*key, liked, "" if stars else f"ratings seem to end at {end}", note)]
-
-
-def with_pictures(names: Sequence[str], items: Head, found: dict[str, Found]) -> dict[str, Found]:
-    """The columns of items, with what can be said of the one that names pictures."""
-    free = [name for name in items.columns if name not in {one.column for one in found.values()}]
-    for name in free if "image" not in found else ():
-        if picture_share(items, name) > 0.5:
-            found = {**found, "image": Found(name, "its values end like names of pictures")}
-            break
-    if "image" not in found:
-        return found
-    column = found["image"].column
-    shown = items.frame.select(generic.first_filled(column, items.frame.schema[column])).to_series().drop_nulls()
-    below = [place for place in shown if not re.match(r"/|[A-Za-z][A-Za-z0-9+.-]*://", place)]
-    lost = len(set(below) - set(names))
-    if lost == 0:
-        return found
-    last = {name.rpartition("/")[2]: name.rpartition("/")[0] for name in names}
-    folder = next((last[place] for place in below if last.get(place)), None)
-    where = f"; they lie in `{folder}`, and paths begin at the root" if folder else ""
-    return {**found, "image": Found(column, f"{lost:,} of the first pictures are not below the root{where}")}
-
-
-def picture_share(head: Head, column: str) -> float:
-    """The share of a column's first values that end like the name of a picture."""
-    shown = head.frame.select(generic.text(column, head.frame.schema[column])).to_series().drop_nulls()
-    return sum(bool(PICTURES.search(value)) for value in shown) / max(1, len(shown))
 
 
 def attributes(items: Head, found: dict[str, Found]) -> list[Line]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from zipfile import ZipFile
 
 import polars as pl
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from mllmsrec_core.datasets import generic
 from mllmsrec_core.errors import SourceError
-from storage.source import FsspecSource
+from storage.source import ABSENT, FsspecSource
 from tasks.init import NAMES, Proposal, propose
 
 T = 1_700_000_000
@@ -128,18 +129,65 @@ def test_ids_that_no_item_has_are_a_doubt(tmp_path):
     assert "0 % of its first values" in doubts(found)["item_id"]
 
 
-def test_pictures_that_do_not_lie_where_the_column_says_are_a_doubt_that_names_their_folder(tmp_path):
-    files = {"products__csv": ITEMS.replace("img/", ""), "orders__csv": CLICKS, "img/b1__jpg": "", "img/b2__jpg": ""}
-    assert "`img`" in doubts(propose(write(tmp_path, **files)))["image"]
+def zipped(path, *names):
+    with ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
 
 
-def test_a_list_of_picture_urls_is_found_by_its_values(tmp_path):
-    rows = [{"sku": f"b{n}", "name": "Mug", "views": [f"https://x.org/{n}.JPG"]} for n in (1, 2)]
-    found = propose(write(tmp_path, products__jsonl="\n".join(json.dumps(row) for row in rows), orders__csv=CLICKS))
-    assert "generic.item_columns.image" not in told(found), "a list of several is read by its first, a name says which"
-    rows = [{"sku": f"b{n}", "name": "Mug", "view": f"https://x.org/{n}.JPG"} for n in (1, 2)]
-    found = propose(write(tmp_path, products__jsonl="\n".join(json.dumps(row) for row in rows), orders__csv=CLICKS))
-    assert told(found)["generic.item_columns.image"] == "view" and "image" in doubts(found)
+def test_where_relative_paths_of_pictures_begin_is_found(tmp_path):
+    files = {
+        "products__csv": ITEMS.replace("img/", ""),
+        "orders__csv": CLICKS,
+        "shop/img/b1__jpg": "",
+        "shop/img/b2__jpg": "",
+    }
+    found = propose(write(tmp_path, **files))
+    assert told(found)["generic.images"] == "shop/img" and found.unsure == []
+    (tmp_path / "shop/img/b2.jpg").unlink()
+    assert doubts(propose(str(tmp_path))) == {"images": "1 of the first pictures are not there"}
+    (tmp_path / "shop/img/b1.jpg").unlink()
+    assert doubts(propose(str(tmp_path))) == {"image": "2 of the first pictures are not below the root"}
+
+
+@pytest.mark.parametrize(
+    ("members", "images"),
+    [
+        (("img/b1.jpg", "img/b2.jpg"), "pictures.zip"),
+        (("shop/img/b1.jpg", "shop/img/b2.jpg", "other/b1.jpg"), "zip://shop::pictures.zip"),
+    ],
+)
+def test_pictures_in_an_archive_are_found_and_read_from_there(tmp_path, members, images):
+    root = write(tmp_path, products__csv=ITEMS, orders__csv=CLICKS, broken__zip="no archive")
+    zipped(tmp_path / "pictures.zip", *members)
+    found = propose(root)
+    assert told(found)["generic.images"] == images and found.unsure == []
+    source = FsspecSource(root)
+    columns = generic.ItemColumns(item_id="sku", title="name", image="picture")
+    uris = generic.items_in(source, "products.csv", columns, images)[0]["image_uri"].to_list()
+    assert len(uris) == 2 and ABSENT not in source.versions(uris)
+
+
+def test_an_archive_of_pictures_named_by_numbers_is_proposed_like_a_folder(tmp_path):
+    pairs = {"M-50k_pairs__tsv": "1\t2 3\n", "M-50k_titles__csv": "item,title\n2,x\n"}
+    root = write(tmp_path, **pairs)
+    zipped(tmp_path / "pictures.zip", "covers/2.jpg", "covers/3.jpg")
+    assert told(propose(root))["microlens.covers"] == "pictures.zip"
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        ["https://x.org/1.JPG?w=300", "https://x.org/2.jpg"],
+        "https://x.org/1.JPG",
+        "['https://x.org/1.jpg', 'https://x.org/2.jpg']",
+        [{"alt": "a mug", "url": "https://x.org/1.jpg"}],
+    ],
+)
+def test_a_column_of_pictures_is_found_by_its_values_in_lists_too(tmp_path, views):
+    rows = [{"sku": f"b{n}", "name": "Mug", "views": views} for n in (1, 2)]
+    found = propose(write(tmp_path, products__jsonl="\n".join(map(json.dumps, rows)), orders__csv=CLICKS))
+    assert told(found)["generic.item_columns.image"] == "views" and "image" in doubts(found)
 
 
 def test_the_items_are_those_that_the_interactions_name_whatever_else_lies_there(tmp_path):
