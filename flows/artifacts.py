@@ -37,8 +37,7 @@ DIGEST = 12  # characters of a digest that are shown
 
 def artifact_key(kind: str, config: Config, sample: int = 0) -> str:
     """Prefect allows lower-case letters, digits and dashes."""
-    name = f"{kind}-{config.place}" + (f"-sample-{sample}" if sample else "")
-    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub("[^a-z0-9]+", "-", f"{kind}-{config.shown_as(sample)}".lower()).strip("-")
 
 
 def show_plan(config: Config, options: Options, before: Mapping[str, Any], names: Sequence[str]) -> None:

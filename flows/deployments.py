@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
@@ -24,7 +23,8 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from flows import automations
-from flows.pipeline import SETTINGS, STAGE_FLOWS
+from flows.pipeline import SETTINGS, STAGE_FLOWS, run_name
+from flows.server import START, reached
 from mllmsrec_core.errors import UsageError
 from storage.files import refuse_secrets
 from storage.store import Store
@@ -46,9 +46,10 @@ JOB_ENVIRONMENT = {
 }
 
 
-@flow(name="mllmsrec-gc", flow_run_name="gc-{settings.env}")
+@flow(name="mllmsrec-gc", flow_run_name=run_name("gc"))
 def collect(
     settings: Settings = SETTINGS,
+    dataset: str = "demo",
     grace_hours: float = 24,
     keep: int = 5,
     replies: bool = False,
@@ -58,6 +59,7 @@ def collect(
 
     Args:
         settings: where the store is; nothing else of it is read
+        dataset: names the run
         grace_hours: nothing younger goes
         keep: newest states of each environment whose tables stay
         replies: also answers and pictures that no kept table rests on
@@ -69,7 +71,8 @@ def collect(
     for kind, name, size, why in found:
         get_run_logger().info("%s %s, %d bytes: %s", kind, name, size, why)
         sizes[kind] += size
-    get_run_logger().info("%s: %s bytes", "would go" if dry_run else "removed", dict(sizes))
+    for kind, size in sizes.items():
+        get_run_logger().info("%s %s: %.1f MB", "would go" if dry_run else "removed", kind, size / 1e6)
     return sizes.total()
 
 
@@ -106,7 +109,7 @@ def deployments(
             )
             for stage in STAGE_FLOWS
         ),
-        deploy(f"{__name__}.collect", parameters={"settings": settings}),
+        deploy(f"{__name__}.collect", parameters={"settings": settings, "dataset": params["ingest"]["dataset"]}),
     ]
 
 
@@ -128,23 +131,18 @@ def install(made: Sequence[RunnerDeployment], notify: str | None = None, gpus: i
     `notify` is a notification block (`type/name`), `gpus` how many stages may hold one at once. What somebody has set
     since stays: a schedule that was started or changed (unless a new one is given, which then is as active as the old
     one), the limit of the queue, an automation that was switched off, notices and the limit on GPUs where nothing new is
-    said of them. Raises UsageError where no server is configured or none answers, and for an unknown block.
+    said of them. Raises UsageError where no server is configured, none answers or it refuses the login, and for an unknown block.
     """
-    url = get_current_settings().api.url
-    right = "run `prefect server start`, and set PREFECT_API_URL=http://127.0.0.1:4200/api"
-    if not url:
-        raise UsageError(f"deployments live in a Prefect server, and none is configured: {right}")
-    try:
-        with get_client(sync_client=True) as client:
-            automations.install(client, notify)
-            automations.limit_gpus(client, gpus)
-            first = made[0]
-            _ensure_queue(client, str(first.work_pool_name), str(first.work_queue_name))
-            for deployment in made:
-                _keep_what_was_set(client, deployment)
-                deployment.apply()
-    except httpx.TransportError as error:
-        raise UsageError(f"no Prefect server answers at {url} ({error}): {right}") from error
+    if not get_current_settings().api.url:
+        raise UsageError(f"deployments live in a Prefect server, and none is configured: {START}")
+    with reached(), get_client(sync_client=True) as client:
+        automations.install(client, notify)
+        automations.limit_gpus(client, gpus)
+        first = made[0]
+        _ensure_queue(client, str(first.work_pool_name), str(first.work_queue_name))
+        for deployment in made:
+            _keep_what_was_set(client, deployment)
+            deployment.apply()
     return [deployment.full_name for deployment in made]
 
 

@@ -6,7 +6,7 @@ not postponed here: Prefect builds the form in its UI from the parameters' real 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from prefect import flow
@@ -77,13 +77,18 @@ def run_name(stage: str = "") -> Callable[[], str]:
         context = FlowRunContext.get()
         assert context and context.flow_run
         given, run = context.parameters or {}, context.flow_run
-        settings = Settings.model_validate(given.get("settings", SETTINGS))
-        params = Pipeline.model_validate(given.get("params", DEFAULTS))
         sample = Options.model_validate(given.get("options", OPTIONS)).sample
-        place = f"{Config(settings, params).place}{f' sample {sample}' if sample else ''}"
-        return f"{stage} {place} ({_cause(run)})".strip()
+        return f"{stage} {_place(given)}{f' sample {sample}' if sample else ''} ({_cause(run)})".strip()
 
     return name
+
+
+def _place(given: Mapping[str, Any]) -> str:
+    """`dataset-environment` by the parameters of a run: those of `gc` hold the dataset's name alone."""
+    settings = Settings.model_validate(given.get("settings", SETTINGS))
+    if "dataset" in given:
+        return f"{given['dataset']}-{settings.env}"
+    return Config(settings, Pipeline.model_validate(given.get("params", DEFAULTS))).place
 
 
 def _cause(run: FlowRun) -> str:

@@ -96,7 +96,7 @@ class Shards(AbstractContextManager["Shards"]):
             ]
         minutes = self.settings.stage_timeout_minutes
         limit = Limit(gpus, None if minutes is None else started + 60 * minutes)
-        with Progress(name, self.config.place) as progress:
+        with Progress(name, self.config.shown_as(options.sample)) as progress:
             return _ended(name, futures, started, limit, progress)
 
     def _gpus(self, work: Work, name: str) -> float:

@@ -167,6 +167,10 @@ class Config:
         """`dataset-environment`: names its deployments, their queue, its runs and what they show."""
         return f"{self.stage_params()['ingest'].dataset}-{self.settings.env}"
 
+    def shown_as(self, sample: int = 0) -> str:
+        """`place`, and the size of a sample: what a run shows of it must not be taken for the whole."""
+        return f"{self.place}-sample-{sample}" if sample else self.place
+
     def to_json(self) -> str:
         """One line that travels to another process and names this configuration."""
         return canonical(

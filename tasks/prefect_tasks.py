@@ -144,7 +144,7 @@ def _carry_out(told: Told, log: Any) -> Outcome:
     if why != "":
         log.info("%s: begins%s", told.name, f", due for: {why}" if why else "")
     gpu, minutes = holds_gpu(work, told.name), work.config.settings.stage_timeout_minutes
-    with Progress(told.name, work.config.place) as progress:
+    with Progress(told.name, work.config.shown_as(told.options.sample)) as progress:
         if why == "" or not (gpu or minutes):
             return carry_out(told, progress)
         with gpu_slot(lambda words, *values: log.info(f"{told.name}: {words}", *values)) if gpu else nullcontext():

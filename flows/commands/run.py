@@ -166,10 +166,11 @@ def perform(config: Config, options: Options, stage: str | None, as_json: bool) 
 
     from flows import events, pipeline
     from flows.bars import bars
+    from flows.server import reached
     from tasks.loop import terminable
     from tasks.work import environment
 
-    with terminable(), tags(events.TAG), warnings_shown(as_json), bars(out, as_json, emit):
+    with reached(), terminable(), tags(events.TAG), warnings_shown(as_json), bars(out, as_json, emit):
         if stage:
             made = {stage: pipeline.STAGE_FLOWS[stage](config.params, config.settings, options)}
             path = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from prefect.utilities.schema_tools.validation import ValidationError, validate
 from rich.console import Console
 
 from flows import automations, events
+from flows.commands.run import perform
 from flows.deployments import JOB_ENVIRONMENT, collect, deployments, install, refuse_relative
 from flows.pipeline import NAMES, pipeline
 from mllmsrec_core.errors import UsageError
@@ -34,6 +38,7 @@ from tasks.config import Config, Options, Pipeline, Settings
 
 ROOT = Path(__file__).parents[2]
 NIGHTLY = "0 3 * * *"
+NOBODY = "http://127.0.0.1:9/api"  # the port of `discard`, which nobody serves
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def test_what_a_run_is_told_is_the_configuration_it_was_deployed_with(small, mad
         config, options = told(deployment)
         assert config.to_json() == small().to_json()
         assert options == Options(budget_minutes=60)
-    assert made[-1].parameters == {"settings": small().settings.model_dump(mode="json")}
+    assert made[-1].parameters == {"settings": small().settings.model_dump(mode="json"), "dataset": "demo"}
 
 
 def test_only_the_pipeline_has_a_schedule_and_it_is_paused(made):
@@ -144,9 +149,41 @@ def test_without_a_server_to_put_it_on_the_command_that_starts_one_is_named(made
 
 
 def test_a_server_that_does_not_answer_is_named(made):
-    nobody = "http://127.0.0.1:9/api"  # the port of `discard`, which nobody serves
-    with temporary_settings({PREFECT_API_URL: nobody}), pytest.raises(UsageError, match=f"answers at {nobody}"):
+    with temporary_settings({PREFECT_API_URL: NOBODY}), pytest.raises(UsageError, match=f"answers at {NOBODY}"):
         install(made)
+
+
+@pytest.mark.parametrize("what", [install, lambda made: perform(told(made[0])[0], Options(), None, as_json=True)])
+def test_a_server_that_refuses_the_login_says_which_variable_holds_it(made, what):
+    with closed_server() as url, temporary_settings({PREFECT_API_URL: url}):
+        with pytest.raises(UsageError, match="PREFECT_API_AUTH_STRING") as error:
+            what(made)
+    assert url in str(error.value)
+
+
+def test_a_run_that_reaches_no_server_says_so_in_one_sentence(made):
+    with temporary_settings({PREFECT_API_URL: NOBODY}), pytest.raises(UsageError, match=f"answers at {NOBODY}"):
+        perform(told(made[0])[0], Options(), None, as_json=True)
+
+
+@contextmanager
+def closed_server() -> Iterator[str]:
+    """The address of a server that wants a login of everybody."""
+
+    class Closed(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST = do_PUT = do_PATCH = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/api"
+        server.shutdown()
 
 
 def test_gc_as_a_flow_removes_what_gc_removes(small, run_all):

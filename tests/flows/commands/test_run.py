@@ -171,7 +171,7 @@ def test_pictures_that_are_lost_for_good_are_told_by_the_run_the_status_and_the_
     assert cli("run", *told, "--stage", "ingest", "--yes", store=store)[0] == 0
     code, events = cli("run", *told, "--stage", "images", "--yes", store=store)
     lost = {"image_missing": N_ITEMS - 10, "image_refused": 10}
-    assert (code, of(events, "failed")) == (0, [{"event": "failed", "stage": "images", "classes": lost}])
+    assert (code, of(events, "failures")) == (0, [{"event": "failures", "stage": "images", "classes": lost}])
     assert {event["stage"]: event["failures"] for event in cli("status", store=store)[1]} == {
         "ingest": {},
         "images": lost,
@@ -181,7 +181,7 @@ def test_pictures_that_are_lost_for_good_are_told_by_the_run_the_status_and_the_
     assert all("settings.image_roots" in event["detail"] for event in refused)
     admitted = [*told, "--set", f'settings.image_roots=["{tmp_path}/pictures"]']
     code, events = cli("retry", *admitted, "--stage", "images", "--class", "image_refused", store=store)
-    assert (code, of(events, "failed")[0]["classes"]) == (0, {"image_missing": N_ITEMS - 10})
+    assert (code, of(events, "failures")[0]["classes"]) == (0, {"image_missing": N_ITEMS - 10})
 
 
 def test_a_trial_shows_prompts_and_publishes_nothing(cli, shop, profile):
