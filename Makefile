@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 VLLM := 0.32.0
+TESTERS ?= 2 # processes of `make test`, each of up to 2 GB
 
 # Everything a run writes for Prefect stays in the checkout, and nothing reports home.
 export PREFECT_HOME := $(CURDIR)/.prefect
@@ -27,8 +28,9 @@ demo: .venv/.installed ## the whole pipeline on the built-in shop, on a CPU, wit
 	$(BIN)/mllmsrec demo
 
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed-dev ## every test, with coverage of the core and the store
-	$(BIN)/python -m pytest --cov=mllmsrec_core --cov=storage --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist worksteal --cov=mllmsrec_core --cov=storage --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 test-vllm: export HF_HUB_OFFLINE := 1
 # Compiling needs a C++ compiler, and takes longer than these tests save by it.

@@ -5,18 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect"))
+# A database of its own for each process of a parallel run, and time for its server to start on a busy machine.
+HOME = Path(os.environ.get("PREFECT_HOME", ROOT / ".prefect"), os.environ.get("PYTEST_XDIST_WORKER", ""))
+HOME.mkdir(parents=True, exist_ok=True)
+os.environ["PREFECT_HOME"] = str(HOME)
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith("MLLMSREC_")]:
     del os.environ[name]  # a developer's own settings are no part of a test
+with suppress(ImportError):  # vLLM's environment has no hypothesis, nor tests that need it
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # machines are shared: a slow example is no fault
+    settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}")  # ${NAME}, ${NAME:-default}, ${NAME-default}
 PROGRAMS = str(Path(sys.executable).parent)  # prefect and mllmsrec, as in the images
-LISTENS = {"server": 4200, "worker": 8080, "postgres": 5432, "s3": 8333}  # inside their containers
+LISTENS = {"server": 4200, "worker": 8080, "gpu-worker": 8080, "postgres": 5432, "s3": 8333}  # inside their containers
 PATIENCE = 180  # seconds for a service to become healthy: a new database takes most of a minute on a busy machine
 
 
@@ -140,7 +140,7 @@ class Composed:
         image = {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "HOME": str(home), "LANG": "C.UTF-8",
                  "PREFECT_HOME": str(home), "HF_HOME": str(home), "PYTHONUNBUFFERED": "1"}  # fmt: skip
         ports = {"PREFECT_SERVER_DATABASE_PORT": str(self.ports["postgres"]),
-                 "PREFECT_WORKER_WEBSERVER_PORT": str(self.ports["worker"])}  # fmt: skip
+                 "PREFECT_WORKER_WEBSERVER_PORT": str(self.ports.get(name, 0))}  # fmt: skip
         return {
             **image,
             **ports,

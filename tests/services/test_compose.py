@@ -1,7 +1,7 @@
 """docker-compose.yml is what Docker Compose accepts, and its worker reaches an S3 store as it is wired to.
 
-Not run here: SeaweedFS itself, which Debian does not package; any other S3 server takes its place. `vllm serve` is run by
-`make test-vllm`.
+Not run here: SeaweedFS itself, which Debian does not package; any other S3 server takes its place. `vllm serve` is run
+as it stands in the file by `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -72,3 +72,19 @@ def test_a_worker_whose_store_is_the_composed_bucket_runs_the_pipeline_there(com
     assert "recommendations" in composed.run("worker", "mllmsrec", "status", "-p", "demo", "--json")
     listing = httpx.get(f"{s3}/mllmsrec?list-type=2&prefix=store/envs/", trust_env=False).text
     assert "store/envs/dev/" in listing
+
+
+def test_the_worker_for_gpus_takes_runs_of_its_own_pool_which_ask_the_endpoint_it_is_wired_to(composed, api, shop):
+    worker = composed.start("gpu-worker")
+    sets = [word for value in shop for word in ("--set", value)]
+    deploy = ("mllmsrec", "deploy", "-p", "demo", "--env", "gpu", "--pool", "gpu", "--gpus", "1")
+    composed.run("gpu-worker", *deploy, *sets)
+    deployment = api.deployment("demo-gpu")
+    told = deployment["parameters"]["settings"]
+    assert deployment["work_pool_name"] == "gpu"
+    assert (told["engine"], told["endpoints"]) == ("openai", ["http://vllm:8000/v1"])
+    assert told["adapter_folder"] == "/adapters", "where compose has the volume that vLLM sees too"
+    run = api.start("demo-gpu")
+    assert api.wait(run) == "Completed", api.log(run)
+    assert api.get("/v2/concurrency_limits/gpu")["limit"] == 1
+    worker.stop()

