@@ -248,6 +248,14 @@ def test_a_missing_column_names_the_nearest(tmp_path, name, content):
         FsspecSource(str(tmp_path)).table(name, {"user": "user_id"})
 
 
+@pytest.mark.parametrize("end", ["csv", "jsonl", "parquet"])
+def test_a_column_called_line_is_never_taken_for_the_line_of_a_row(tmp_path, end):
+    frame = pl.DataFrame({"line": ["a", "b"], "title": ["A", "B"]})
+    {"csv": frame.write_csv, "jsonl": frame.write_ndjson, "parquet": frame.write_parquet}[end](tmp_path / f"a.{end}")
+    with pytest.raises(SourceError, match="no column `line`"):
+        FsspecSource(str(tmp_path)).table(f"a.{end}", {"item_id": "line"})
+
+
 @pytest.mark.parametrize("content", ["", "\n \n", "\ufeff", "\ufeff\n"])
 def test_an_empty_file_is_an_error(tmp_path, content):
     with pytest.raises(SourceError, match=r"a\.csv is empty"):
