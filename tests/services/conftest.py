@@ -11,9 +11,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
+import polars as pl
 import pytest
 
 from . import database
@@ -158,3 +160,9 @@ def wait_for(found: Callable[[], Any], seconds: float, pause: float = 0.5) -> An
     while not (value := found()) and time.monotonic() < deadline:
         time.sleep(pause)
     return value
+
+
+def answers(store: Path) -> int:
+    """How many questions have a durable answer."""
+    parts = list(store.glob("replies/**/*.parquet"))
+    return pl.concat([pl.read_parquet(part, columns=["key"]) for part in parts])["key"].n_unique() if parts else 0

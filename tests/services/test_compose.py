@@ -14,8 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from .composed import COMPOSE, ROOT, Composed
-from .conftest import wait_for
+from storage.store import Store
+
+from .composed import COMPOSE, ROOT, Composed, Service
+from .conftest import Prefect, answers, wait_for
 
 CHECK = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
 
@@ -49,7 +51,7 @@ def s3(composed: Composed) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     bucket = f"{url}/{COMPOSE['services']['s3']['environment']['S3_BUCKET']}"
     try:
-        assert wait_for(lambda: answers(url), 60)
+        assert wait_for(lambda: responds(url), 60)
         assert httpx.put(bucket, trust_env=False).is_success
         yield url
     finally:
@@ -57,7 +59,7 @@ def s3(composed: Composed) -> Iterator[str]:
         process.wait(30)
 
 
-def answers(url: str) -> bool:
+def responds(url: str) -> bool:
     try:
         return httpx.get(url, trust_env=False).is_success
     except httpx.HTTPError:
@@ -74,8 +76,16 @@ def test_a_worker_whose_store_is_the_composed_bucket_runs_the_pipeline_there(com
     assert "store/envs/dev/" in listing
 
 
-def test_the_worker_for_gpus_takes_runs_of_its_own_pool_which_ask_the_endpoint_it_is_wired_to(composed, api, shop):
-    worker = composed.start("gpu-worker")
+@pytest.fixture
+def gpu_worker(composed: Composed) -> Iterator[Service]:
+    started = composed.start("gpu-worker")
+    yield started
+    started.stop()
+
+
+def test_the_worker_for_gpus_deploys_into_its_pool_what_asks_the_endpoint_it_is_wired_to(
+    composed: Composed, api: Prefect, gpu_worker, shop
+):
     sets = [word for value in shop for word in ("--set", value)]
     deploy = ("mllmsrec", "deploy", "-p", "demo", "--env", "gpu", "--pool", "gpu", "--gpus", "1")
     composed.run("gpu-worker", *deploy, *sets)
@@ -84,7 +94,23 @@ def test_the_worker_for_gpus_takes_runs_of_its_own_pool_which_ask_the_endpoint_i
     assert deployment["work_pool_name"] == "gpu"
     assert (told["engine"], told["endpoints"]) == ("openai", ["http://vllm:8000/v1"])
     assert told["adapter_folder"] == "/adapters", "where compose has the volume that vLLM sees too"
-    run = api.start("demo-gpu")
-    assert api.wait(run) == "Completed", api.log(run)
     assert api.get("/v2/concurrency_limits/gpu")["limit"] == 1
-    worker.stop()
+
+
+def test_two_workers_on_one_store_share_the_work_and_publish_the_same_tables(
+    composed: Composed, api: Prefect, worker, gpu_worker, deploy
+):
+    store = composed.folder / "two"
+    slowly = ("--store", str(store), "--set", "settings.scripted_seconds=0.5", "--set", "settings.window=4")
+    deploy("--env", "left", "--pool", "cpu", *slowly)
+    deploy("--env", "right", "--pool", "gpu", *slowly)
+    runs = [api.start("demo-left"), api.start("demo-right")]
+    assert [api.wait(run, 300) for run in runs] == ["Completed"] * 2, [api.log(run) for run in runs]
+    envs = Store(str(store)).envs
+    left, right = (envs.current(name)["stages"] for name in ("left", "right"))
+    for name in left:
+        digests = [{table: made["digest"] for table, made in one[name]["tables"].items()} for one in (left, right)]
+        assert digests[0] == digests[1], name
+    records = [record for one in (left, right) for record in one.values()]  # one that both show was made once
+    made = {next(iter(one["tables"].values()))["write_id"]: one["counts"]["asked"] for one in records}
+    assert answers(store) <= sum(made.values()) <= 1.25 * answers(store)

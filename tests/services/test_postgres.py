@@ -8,13 +8,11 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import polars as pl
-
 from mllmsrec_core.stages import STAGES
 from storage.store import Store
 
 from .composed import ROOT, Composed
-from .conftest import Prefect, wait_for
+from .conftest import Prefect, answers, wait_for
 
 AT_ONCE, EACH = 4, 13  # processes, and whole runs of each, one after another: 52
 LOCKED = re.compile(r"deadlock|database is locked|lock timeout|could not obtain lock|could not serialize", re.I)
@@ -67,9 +65,3 @@ def test_a_run_whose_worker_died_with_it_is_crashed_within_three_minutes_and_the
     assert set(shown) == NAMES
     asked = sum(made["counts"]["asked"] for made in shown.values() if datetime.fromisoformat(made["at"]) > died)
     assert 0 < asked == answers(store) - durable
-
-
-def answers(store: Path) -> int:
-    """How many questions have a durable answer."""
-    parts = list(store.glob("replies/**/*.parquet"))
-    return pl.concat([pl.read_parquet(part, columns=["key"]) for part in parts])["key"].n_unique() if parts else 0
