@@ -99,8 +99,10 @@ def tell(costs: dict[str, Cost], n: int, bout: Bout) -> None:
     found = layouts(bout.rows, PROMPT, pictures=True)
     print(f"  by plan's arithmetic {', '.join(f'{name} leaves {one.unique:,} tokens' for name, one in found.items())}")
     for name, cost in costs.items():
-        beside = f"{cost.cpu / costs['ours'].cpu:5.2f} x ours, {cost.cpu / costs['the network alone'].cpu:5.2f} x the network"
-        print(f"  {1e3 * cost.cpu / n:7.2f} ms a pair, {beside}: {name}")
+        times = cost.cpu / costs["ours"].cpu
+        said = f" (bar {BARS['score']}: {'met' if times >= BARS['score'] else 'missed'})" if "MSR" in name else ""
+        beside = f"{times:5.2f} x ours, {cost.cpu / costs['the network alone'].cpu:5.2f} x the network"
+        print(f"  {1e3 * cost.cpu / n:7.2f} ms a pair, {beside}: {name}{said}")
 
 
 def alone(model: local.Local) -> Callable[[], None]:

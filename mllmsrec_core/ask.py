@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 KEY_VERSION = 1  # part of every key: raising it makes every known answer unknown
 
@@ -64,8 +67,14 @@ class Decoding:
         object.__setattr__(self, "top_p", float(self.top_p))
 
 
+class Question:
+    """Remembers its rendering and its key: the stage that asks, the engine and the store each need one of them."""
+
+    __slots__ = ("_key", "_rendered")
+
+
 @dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(Question):
     """Which bytes are at `uri` at this `version` (ETag, or size and mtime), a picture of at most `max_pixels`?
 
     A larger picture is answered with a smaller copy. None answers with any picture as it is, and stays out of the key,
@@ -78,7 +87,7 @@ class Fetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Generate:
+class Generate(Question):
     """What does the model write after these messages?"""
 
     model: Model
@@ -87,7 +96,7 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choose:
+class Choose(Question):
     """How likely is each choice as the model's next words? A choice is a name and its surface forms."""
 
     model: Model
@@ -96,7 +105,7 @@ class Choose:
 
 
 @dataclass(frozen=True, slots=True)
-class Embed:
+class Embed(Question):
     """Which unit vector does the model give this text or this picture?"""
 
     model: Model
@@ -112,7 +121,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Train:
+class Train(Question):
     """What adapter does this recipe make of the examples with this digest?
 
     `examples` and `validation` travel with the Ask but stay out of its key: `digest` stands for both.
@@ -126,6 +135,7 @@ class Train:
 
 
 Ask = Fetch | Generate | Choose | Embed | Train
+_KINDS: dict[type, Kind] = {Fetch: "fetch", Generate: "generate", Choose: "choose", Embed: "embed", Train: "train"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +164,7 @@ def pictures_in(messages: Sequence[Message]) -> list[Picture]:
 
 def kind(ask: Ask) -> Kind:
     """The lower-case name of the question, as used in folder names."""
-    return type(ask).__name__.lower()  # type: ignore[return-value]
+    return _KINDS[type(ask)]
 
 
 def model_of(ask: Ask) -> str:
@@ -169,10 +179,30 @@ def canonical(value: Any) -> str:
 
 def render(ask: Ask) -> str:
     """The Ask as canonical JSON, as kept in the store for `why`; examples stand as their digest."""
+    return getattr(ask, "_rendered", None) or _remember(ask, "_rendered", _render(ask))
+
+
+def _remember(ask: Ask, name: str, value: T) -> T:
+    object.__setattr__(ask, name, value)
+    return value
+
+
+def _render(ask: Ask) -> str:
     content = {name: value for name, value in _fields(ask).items() if name not in ("examples", "validation")}
     if isinstance(ask, Fetch) and ask.max_pixels is None:
         del content["max_pixels"]
-    return _ENCODER.encode({"kind": kind(ask), "key_version": KEY_VERSION, **content})
+    content |= {"kind": kind(ask), "key_version": KEY_VERSION}
+    return "{" + ",".join(f'"{name}":{_piece(content[name])}' for name in sorted(content)) + "}"
+
+
+def _piece(value: Any) -> str:
+    return _again(value) if isinstance(value, Model | Decoding) else _ENCODER.encode(value)
+
+
+@lru_cache
+def _again(value: Model | Decoding) -> str:
+    """What thousands of Asks have in common is rendered once."""
+    return _ENCODER.encode(value)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -187,7 +217,7 @@ _ENCODER = json.JSONEncoder(
 
 def key(ask: Ask) -> bytes:
     """The 32-byte name of this exact question."""
-    return sha256(render(ask).encode()).digest()
+    return getattr(ask, "_key", None) or _remember(ask, "_key", sha256(render(ask).encode()).digest())
 
 
 def digest(*values: Any) -> str:

@@ -33,8 +33,10 @@ def clean(text: str | None, limit: int = MAX_CHARS) -> str:
     """
     if not text:
         return ""
-    text = "".join(c for c in text[: 8 * limit] if unicodedata.category(c) != "Cf")
-    text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", text)).translate(_FENCE)
+    text = text[: 8 * limit]
+    if not (text.isascii() and text.isprintable()):  # of such a text nothing would change, and most are such
+        text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+        text = "".join(c if c.isprintable() else " " for c in unicodedata.normalize("NFKC", text)).translate(_FENCE)
     while (stripped := " ".join(_CONTROL.sub(_neutral, text).split())) != text:
         text = stripped
     return text if len(text) <= limit else text[: max(0, limit - len(_CUT))].rstrip() + _CUT[:limit]

@@ -11,7 +11,6 @@ import json
 import struct
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Protocol, get_args
 
@@ -143,7 +142,7 @@ class Replies:
     """Reads answers by key and appends new ones in buffered parts; `flush` makes everything added durable."""
 
     def __init__(
-        self, files: Files, flush_rows: int = 500, flush_seconds: float = 5.0, corrections: Corrections | None = None
+        self, files: Files, flush_rows: int = 2_000, flush_seconds: float = 5.0, corrections: Corrections | None = None
     ) -> None:
         self.files, self.corrections = files, corrections
         self.flush_rows, self.flush_seconds = flush_rows, flush_seconds
@@ -248,7 +247,7 @@ class Replies:
         self._fresh.setdefault(key, []).append((_folder(question, model), row))
         if len(self._waiting) >= self.flush_rows:
             self.flush()
-        return replace(reply, value=decode(question, row.value))
+        return row.reply(question)
 
     def used(self, key: bytes, subjects: Iterable[bytes]) -> None:
         """Note, for the next flush, whom (16 bytes each) a question is about; what was noted before costs nothing."""

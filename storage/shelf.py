@@ -3,8 +3,9 @@
 Below one folder lie two levels. New rows are parts of level 0, directly in the folder, keys in any order. What gathers
 there is spread into 256 buckets, `<bb>/` by the first byte of the key in hex, whose parts are sorted by key; keys are
 sha256s, so buckets are alike. A merged part is whole before the first old one goes: what a crash leaves behind, and what
-two processes that compact at once write twice, are equal rows. In memory are the rows of level 0, eight bytes of each
-key of the buckets touched so far, and the values of late hits. Knows nothing of what a row means, or which one holds.
+two processes that compact at once write twice, are equal rows. In memory are where the rows of level 0 stand, eight bytes
+of each key of the buckets touched so far, and the values of late hits. Knows nothing of what a row means, or which one
+holds.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import polars as pl
 
 from mllmsrec_core.errors import StoreError
 from storage.files import Files
+from storage.loose import Loose
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 LEVEL_0 = -1  # beside the buckets 0 to 255
 BUCKET = "__bucket"  # a column that no schema has
 READS = 5  # a compaction may take parts away between listing and reading; it cannot do so for ever
 GROUP_ROWS = 8_192  # of one value read: 1 ms of a part of 80,000 rows, which takes 5 ms whole
-LOOSE_PARTS = 256  # a writer compacts after so many of its own: 128,000 rows by 500
+LOOSE_PARTS = 256  # a writer compacts after so many of its own, as where parts are cut by time
 LARGER = 4  # a part so many times larger than all smaller ones together is left alone by a merge
 CACHE_BYTES = 400_000_000  # of decoded values: some 2 million replies of 150 characters
 
@@ -80,16 +83,15 @@ class Shelf:
         self._cache = cache or Cache()
         self._names: set[str] | None = None  # as last listed; None before the first look
         self._by_bucket: dict[int, list[str]] = {}
-        self._loose: dict[str, pl.DataFrame] = {}  # level 0 as far as it was read
-        self._loose_rows: dict[bytes, list[tuple[pl.DataFrame, int]]] = {}
-        self._loose_read = False
-        self._prefixes: dict[str, memoryview] = {}  # first 8 bytes of each key of a bucket's part, in order
+        self._loose = Loose()  # where the rows of level 0 stand, of the parts whose keys were read
+        self._loose_read = False  # whether those are all of level 0
+        self._prefixes: dict[str, memoryview] = {}  # first 8 bytes of each key of a part, in the order of its rows
         self._indexed: dict[int, list[tuple[str, memoryview]]] = {}  # the same by bucket, where up to date
         self._own_parts = self._own_rows = 0  # written to level 0 by this process since it last compacted
 
     def rows(self, key: bytes) -> list[tuple[Any, ...]]:
         """Every row of one key, in the order of the schema. A miss reads nothing once the key's bucket is indexed."""
-        return self._again(lambda: self._rows(key))
+        return self._again(self._rows, key)
 
     def lookup(self, keys: pl.Series, columns: list[str] | None = None) -> pl.DataFrame:
         """Every row of these keys, in no order; reads only the buckets concerned, each part once."""
@@ -100,10 +102,10 @@ class Shelf:
         wanted = pl.DataFrame({"key": keys}, schema={"key": pl.Binary}).unique()
         if wanted.is_empty():
             return
-        yield self._again(lambda: self._semi_join(LEVEL_0, wanted["key"], columns))
+        yield self._again(self._semi_join, LEVEL_0, wanted["key"], columns)
         for bucket, some in _by_first_byte(wanted):
             if self._by_bucket.get(bucket):
-                yield self._again(lambda bucket=bucket, some=some: self._semi_join(bucket, some["key"], columns))
+                yield self._again(self._semi_join, bucket, some["key"], columns)
 
     def pieces(self) -> Iterator[pl.DataFrame]:
         """Every row: level 0, then one bucket after the other. A row may come twice while others compact."""
@@ -135,11 +137,8 @@ class Shelf:
             self._indexed.pop(bucket, None)
         for name in gone:
             self._prefixes.pop(name, None)
-        if gone & self._loose.keys():
-            stays = {name: part for name, part in self._loose.items() if name in names}
-            self._loose, self._loose_rows = {}, {}
-            for name, part in stays.items():
-                self._hold(name, part)
+        if any(self._bucket(name) == LEVEL_0 for name in gone):
+            self._loose = Loose()
         self._loose_read = self._loose_read and LEVEL_0 not in changed
         self._cache.drop(gone)
 
@@ -161,42 +160,43 @@ class Shelf:
         place = _PLACE.fullmatch(name, len(self.folder) + 1)
         return int(place[1], 16) if place and place[1] else LEVEL_0
 
-    def _again(self, read: Callable[[], T]) -> T:
+    def _again(self, read: Callable[P, T], *what: P.args, **how: P.kwargs) -> T:
         """What `read` returns. A part that a compaction took away has its rows in another: then all are listed again."""
         if self._names is None:
             self.look()
         for _ in range(READS - 1):
             try:
-                return read()
+                return read(*what, **how)
             except FileNotFoundError:
                 self.look()
-        return read()
+        return read(*what, **how)
 
     def _rows(self, key: bytes) -> list[tuple[Any, ...]]:
+        prefix, found = int.from_bytes(key[:8], "big"), list[tuple[Any, ...]]()
         if not self._loose_read:
             self._read_loose()
-        found = [part.row(at) for part, at in self._loose_rows.get(key, ())]
+        for name, at in self._loose.find(prefix):
+            if (row := self._value(name, at))[0] == key:
+                found.append(row)
         parts = self._indexed.get(key[0])
-        prefix = int.from_bytes(key[:8], "big")
         for name, prefixes in parts if parts is not None else self._index(key[0]):
             at = bisect_left(prefixes, prefix)
             while at < len(prefixes) and prefixes[at] == prefix:
-                row = self._value(name, at)
-                if row[0] == key:
+                if (row := self._value(name, at))[0] == key:
                     found.append(row)
                 at += 1
         return found
 
     def _read_loose(self) -> None:
+        """Level 0 as it was listed last. What is read for the first time is kept whole, as much of it may be asked for."""
         for name in self._by_bucket.get(LEVEL_0, []):
-            if name not in self._loose:
-                self._hold(name, self._read(name))
+            if name not in self._prefixes:
+                part = self._read(name)
+                self._prefixes[name] = _prefixes(part["key"])
+                for number, piece in enumerate(part.iter_slices(GROUP_ROWS)):
+                    self._cache.put(name, number, piece)
+            self._loose.add(name, self._prefixes[name])
         self._loose_read = True
-
-    def _hold(self, name: str, part: pl.DataFrame) -> None:
-        self._loose[name] = part
-        for at, key in enumerate(part["key"].to_list()):
-            self._loose_rows.setdefault(key, []).append((part, at))
 
     def _index(self, bucket: int) -> list[tuple[str, memoryview]]:
         names = self._by_bucket.get(bucket, [])
@@ -217,9 +217,7 @@ class Shelf:
     def _semi_join(self, bucket: int, keys: pl.Series, columns: list[str] | None) -> pl.DataFrame:
         found = [self._empty(columns)]
         for name in self._by_bucket.get(bucket, []):
-            if name in self._loose:
-                found.append(self._loose[name].filter(_among(keys)).select(columns or list(self.schema)))
-            elif name not in self._prefixes or _touches(self._prefixes[name], keys):
+            if bucket == LEVEL_0 or name not in self._prefixes or _touches(self._prefixes[name], keys):
                 found.append(self._read(name, columns, keys))
         return pl.concat(found)
 
@@ -260,7 +258,8 @@ class Shelf:
             self._names.add(name)
             self._by_bucket.setdefault(LEVEL_0, []).append(name)
             if self._loose_read:
-                self._hold(name, part)
+                self._prefixes[name] = _prefixes(part["key"])
+                self._loose.add(name, self._prefixes[name])
 
     @property
     def due(self) -> bool:
@@ -370,7 +369,7 @@ def _among(keys: pl.Series) -> pl.Expr:
 def _prefixes(keys: pl.Series) -> memoryview:
     """The first 8 bytes of each key as a number: numbers are ordered as the keys are."""
     numbers = keys.bin.slice(0, 8).bin.reinterpret(dtype=pl.UInt64, endianness="big").to_numpy()
-    return memoryview(numbers)  # type: ignore[arg-type]
+    return numbers.data
 
 
 def _touches(prefixes: memoryview, keys: pl.Series) -> bool:

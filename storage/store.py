@@ -22,7 +22,7 @@ class Store:
     """Opens any fsspec URL; a store written by another schema version is refused, never touched."""
 
     def __init__(
-        self, url: str, flush_rows: int = 500, flush_seconds: float = 5.0, options: Mapping[str, Any] | None = None
+        self, url: str, flush_rows: int = 2_000, flush_seconds: float = 5.0, options: Mapping[str, Any] | None = None
     ) -> None:
         self.url = url
         self.files = Files(url, options or {})

@@ -41,7 +41,7 @@ class Settings(BaseModel):
     device: str = Field(default="auto", description="auto, cpu or cuda")
     batch_size: int = Field(default=32, ge=1, description="rows per forward pass")
     window: int = Field(default=256, ge=1, description="rows in flight")
-    flush_rows: int = Field(default=500, ge=1, description="at most this many answers are asked again after a kill")
+    flush_rows: int = Field(default=2_000, ge=1, description="at most this many answers are asked again after a kill")
     flush_seconds: float = Field(default=5.0, gt=0, description="an answer waits at most this long to become durable")
     allow_hosts: tuple[str, ...] = Field(
         default=(), description="hosts images may come from although they are not public"

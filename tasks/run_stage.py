@@ -22,19 +22,18 @@ from mllmsrec_core.stage import Inputs, Stage, conform
 from storage.store import Store
 from tasks.carry import (
     HASHES,
-    STALE,
     Carried,
     Last,
     carry_over,
     count_asks,
     hashed,
-    joined,
     left_standing,
     names,
     read_last,
 )
 from tasks.engines import Engine
-from tasks.runner import Counts, How, Unit, run_rows
+from tasks.finished import Finished, done_schema
+from tasks.runner import Counts, How, run_rows
 from tasks.spent import engine_figures
 
 MIN_ASKS_FOR_RATE = 20  # fewer measure the start-up, not the engine
@@ -141,14 +140,6 @@ def model_name(inputs: Inputs) -> str:
     return inputs.model.slug if inputs.model else "source"
 
 
-def done_schema(stage: Stage) -> dict[str, Any]:
-    """The polars schema of finished rows; where a stage states none, that of the one table it writes."""
-    if stage.done:
-        return {**stage.done, STALE: pl.Datetime("us", "UTC")}
-    (contract,) = stage.writes.values()
-    return {name: column.dtype for name, column in contract.columns().items()}
-
-
 def _repeated(parts: dict[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of the same run once more. A stage that goes on from its own tables would publish the same again."""
     if parts.get("before") is None:
@@ -174,9 +165,8 @@ def _ask_all(
     finished = Finished(stage)
     _, counts = run_rows(stage, inputs, kept.rest.drop(*HASHES), store, engine_for, how, counts, finished.take)
     counts = how.elsewhere.added(counts) if how.elsewhere else counts
-    asked = kept.rest.select("__row", *stage.unit, *HASHES).join(
-        pl.concat(finished.asks), on="__row", maintain_order="left"
-    )
+    asked = kept.rest.select("__row", *stage.unit, *HASHES)
+    asked = asked.join(finished.asks(), on="__row", maintain_order="left")
     missed = kept.rest.join(asked.select("__row"), on="__row", how="anti", maintain_order="left")
     stale = left_standing(stage, missed, last, datetime.now(UTC)) if counts.unreached else None
     if stale is not None and counts.unreached == counts.rows and last is None:
@@ -206,39 +196,6 @@ def split(store: Store, stage: Stage, rows: pl.DataFrame, last: Any, retry: froz
     """What of hashed `rows` is carried over: nothing in a retry, or where the stage names no unit of work."""
     able = bool(stage.unit) and not retry
     return carry_over(stage, rows, last if able else None, store.corrections.keys(stage.name) if able else ())
-
-
-class Finished:
-    """Finished units as columns, lot by lot; as Python objects a row takes some four times the memory."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage, self.done, self.asks = stage, [_rows(stage, [])], [_asks([])]
-
-    def take(self, units: list[Unit]) -> None:
-        """Add the rows of these units, and the keys of their Asks."""
-        self.done.append(_rows(self.stage, units))
-        self.asks.append(_asks(units))
-
-    def rows(self, asked: pl.DataFrame) -> pl.DataFrame:
-        """Every finished row, a unit's in their order, with the unit's columns they lack from `asked`."""
-        done = pl.concat(self.done)
-        lacking = [name for name in self.stage.unit if name not in done.columns]
-        return done.join(asked.select("__row", *lacking), on="__row", maintain_order="left") if lacking else done
-
-
-def _rows(stage: Stage, units: list[Unit]) -> pl.DataFrame:
-    rows = [{**row, "__row": unit.number} for unit in units for row in unit.rows]
-    return pl.DataFrame(rows, schema={"__row": pl.UInt32, **done_schema(stage)}, orient="row")
-
-
-def _asks(units: list[Unit]) -> pl.DataFrame:
-    made = [(unit.number, joined([*unit.keys, *_kept(unit)])) for unit in units]
-    return pl.DataFrame(made, schema={"__row": pl.UInt32, "asks": pl.Binary}, orient="row")
-
-
-def _kept(unit: Unit) -> list[bytes]:
-    """The keys of finished rows: those that kept an older answer did not ask it again."""
-    return [row["ask"] for row in unit.rows if row.get("ask")]
 
 
 def _shaped(stage: Stage, done: pl.DataFrame, asked: pl.DataFrame) -> pl.DataFrame:

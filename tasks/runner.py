@@ -164,7 +164,7 @@ class Oracle:
         self.counts.passing += reply.passing
         self.counts.tokens_in += reply.tokens_in
         self.counts.tokens_out += reply.tokens_out
-        return replace(reply, seconds=reply.seconds or time.monotonic() - started)
+        return reply if reply.seconds else replace(reply, seconds=time.monotonic() - started)
 
 
 def _advance(unit: Unit, oracle: Oracle, reply: Reply | None) -> tuple[Ask, bytes] | None:
