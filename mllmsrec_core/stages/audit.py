@@ -143,7 +143,7 @@ def ask(inputs: Inputs, row: Row) -> Chain:
     for sha256 in (row["sha256"], *row["null"]):
         replies[sha256] = yield Embed(model, Picture(sha256))
     picture = replies.pop(row["sha256"])
-    null = [reply.value for reply in replies.values() if reply.value is not None]
+    null = [np.array(reply.value) for reply in replies.values() if reply.value is not None]
 
     done: list[Row] = []
     for subject in row["subjects"]:
@@ -158,20 +158,20 @@ def ask(inputs: Inputs, row: Row) -> Chain:
                 reply = yield question
                 verdict |= {"ask": key(question), "error": reply.error or picture.error}
                 if reply.value is not None and picture.value is not None:
-                    verdict |= judged(params, reply.value, picture.value, null)
+                    verdict |= judged(params, np.array(reply.value), np.array(picture.value), null)
             done.append(
                 {"subject": subject["subject"], "subject_id": subject["subject_id"], "n": n, "claim": claim} | verdict
             )
     return done
 
 
-def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
     """The dot product of two unit vectors; a plan's stand-in may be shorter and is met on its own length."""
     size = min(len(one), len(other))
     return float(np.dot(one[:size], other[:size]))
 
 
-def judged(params: Params, claim: Sequence[float], picture: Sequence[float], null: Sequence[Sequence[float]]) -> Row:
+def judged(params: Params, claim: np.ndarray, picture: np.ndarray, null: Sequence[np.ndarray]) -> Row:
     """Similarity, quantile and verdict of one claim; without other pictures there is nothing to compare with."""
     similarity = cosine(claim, picture)
     if not null:
