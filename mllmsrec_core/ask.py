@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Literal, TypeVar
 
@@ -20,8 +19,14 @@ KEY_VERSION = 1  # part of every key: raising it makes every known answer unknow
 Kind = Literal["fetch", "generate", "choose", "embed", "train"]
 
 
+class Rendered:
+    """Remembers what it was rendered as."""
+
+    __slots__ = ("_rendered",)
+
+
 @dataclass(frozen=True, slots=True)
-class Model:
+class Model(Rendered):
     """Exact weights: a name at a resolved revision or content digest, and what changes its numbers on purpose."""
 
     name: str
@@ -67,10 +72,10 @@ class Decoding:
         object.__setattr__(self, "top_p", float(self.top_p))
 
 
-class Question:
-    """Remembers its rendering and its key: the stage that asks, the engine and the store each need one of them."""
+class Question(Rendered):
+    """Remembers its key, too: the stage that asks, the engine and the store each need one of them."""
 
-    __slots__ = ("_key", "_rendered")
+    __slots__ = ("_key",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +187,8 @@ def render(ask: Ask) -> str:
     return getattr(ask, "_rendered", None) or _remember(ask, "_rendered", _render(ask))
 
 
-def _remember(ask: Ask, name: str, value: T) -> T:
-    object.__setattr__(ask, name, value)
+def _remember(what: Rendered, name: str, value: T) -> T:
+    object.__setattr__(what, name, value)
     return value
 
 
@@ -196,13 +201,9 @@ def _render(ask: Ask) -> str:
 
 
 def _piece(value: Any) -> str:
-    return _again(value) if isinstance(value, Model | Decoding) else _ENCODER.encode(value)
-
-
-@lru_cache
-def _again(value: Model | Decoding) -> str:
-    """What thousands of Asks have in common is rendered once."""
-    return _ENCODER.encode(value)
+    if not isinstance(value, Model):
+        return _ENCODER.encode(value)
+    return getattr(value, "_rendered", None) or _remember(value, "_rendered", _ENCODER.encode(value))
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -374,8 +374,11 @@ class Replies:
     def _new_shelf(self, folder: str) -> Shelf:
         schema = {"replies": SCHEMA, "asks": ASKS, "subjects": SUBJECTS}[_root(folder)]
         shelf = Shelf(self.files, folder, schema, self._cache)
+        # Level 0 is merged in memory, and read in no order: rows that are long are spread earlier.
         if _root(folder) == "asks":
-            shelf.spill_rows //= 4  # level 0 is merged in memory, and prompts are some times as long as answers
+            shelf.spill_rows //= 4  # prompts are some times as long as answers
+        elif folder.startswith("replies/embed/"):
+            shelf.spill_rows //= 8  # some kB each
         return shelf
 
     def _folders(self, *roots: str) -> list[str]:

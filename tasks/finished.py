@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 import polars as pl
@@ -70,13 +71,18 @@ class _Spool:
         pl.DataFrame(rows, self.schema, orient="row").write_ipc(content, compression="lz4")
         try:
             self._sizes.append(self._file.write(content.getbuffer()))
+            self._file.flush()
         except OSError as error:
+            with suppress(OSError):  # it cannot write what it still holds
+                self._file.close()
             raise StoreError(
-                f"finished rows cannot wait in {tempfile.gettempdir()}: {error.strerror}. Everything answered is kept; free "
-                "space there, or name another folder in TMPDIR, and repeat the command."
+                f"finished rows cannot wait in a temporary file: {error.strerror or error}. Everything answered is kept; "
+                "free space in the folder for temporary files, or name another in TMPDIR, and repeat the command."
             ) from error
 
     def frame(self) -> pl.DataFrame:
-        self._file.seek(0)
-        lots = [pl.read_ipc(self._file.read(size)) for size in self._sizes]
+        """Every row, in the order in which they came; asked for once."""
+        with self._file:
+            self._file.seek(0)
+            lots = [pl.read_ipc(self._file.read(size)) for size in self._sizes]
         return pl.concat([pl.DataFrame(schema=self.schema), *lots])

@@ -367,6 +367,21 @@ def test_questions_and_answers_have_the_schemas_other_tools_read(files):
     assert rows["ask"].to_list() == [render(question())]
 
 
+def test_long_rows_leave_level_0_before_short_ones(files, monkeypatch):
+    monkeypatch.setattr(Shelf, "spill_rows", 64)
+    replies, asks = Replies(files), [Embed(MODEL, str(n)) for n in range(12)]
+    for n, ask in enumerate(asks):
+        replies.add(ask, key(ask), Reply([1.0, 0.0]))
+        given_answers(replies, OK, ask=question(n))
+    replies.compact()
+    spread = {
+        folder: all(name.count("/") == 4 for name in parts(files, f"replies/{folder}"))
+        for folder in ("embed", "generate")
+    }
+    assert spread == {"embed": True, "generate": False}
+    assert all(replies.get(ask, key(ask)) for ask in asks)
+
+
 def test_two_writers_on_one_store_see_each_others_answers_after_a_refresh(files, monkeypatch):
     monkeypatch.setattr(Shelf, "spill_rows", 10)
     one, two = Replies(files), Replies(files)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import errno
+import tempfile
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -12,6 +13,8 @@ from mllmsrec_core.stages import caption
 from tasks import finished
 from tasks.finished import Finished
 from tasks.runner import Unit
+
+FULL = Path("/dev/full")
 
 
 def unit(number: int, rows: int = 1) -> Unit:
@@ -39,12 +42,19 @@ def test_nothing_finished_is_an_empty_table():
     assert made.asks().columns == ["__row", "asks"]
 
 
-def test_a_full_folder_is_named_with_the_variable_that_names_another(monkeypatch):
-    class Full:
-        def write(self, _: bytes) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+def disk_is_full(_: pytest.MonkeyPatch, made: Finished) -> None:
+    made._rows._file = FULL.open("wb")  # type: ignore[assignment]
 
+
+def folder_is_gone(monkeypatch: pytest.MonkeyPatch, _: Finished) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("trouble", [disk_is_full, folder_is_gone])
+def test_a_folder_that_takes_nothing_is_named_with_the_variable_that_names_another(monkeypatch, trouble):
+    monkeypatch.setattr(finished, "SPOOLED_BYTES", 1)
     made = Finished(caption.STAGE)
-    made._rows._file = Full()  # type: ignore[assignment]
-    with pytest.raises(StoreError, match=r"No space left on device.*TMPDIR"):
+    trouble(monkeypatch, made)
+    with pytest.raises(StoreError, match=r"(No space left on device|No such file or directory)\. .*TMPDIR"):
         made.take([unit(1)])
