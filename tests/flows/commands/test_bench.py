@@ -65,7 +65,7 @@ def test_the_embedded_model_stands_beside_the_original_and_beside_itself_without
     told = {(one["stage"], one["what"]): one for one in found["ratio"]}
     assert {stage for stage, what in told if what == ORIGINAL} == {"caption", "preference", "score"}
     assert "tokens computed instead of" in told["score", REUSE]["because"]
-    assert "batches of 32 instead of 6" in told["score", ORIGINAL]["because"]
+    assert "batches of 64 instead of 6" in told["score", ORIGINAL]["because"]
     for one in told.values():
         assert one["ratio"] == pytest.approx(one["ours"] / one["theirs"])
     assert [one["what"] for one in found["leftout"]] == ["sft"]
