@@ -42,13 +42,10 @@ class Loose:
 
     def find(self, prefix: int) -> Sequence[tuple[str, int]]:
         """Part and row of every row whose key begins so, in no order."""
-        recent, at = self._recent.get(prefix), bisect_left(self._sorted, prefix)
-        if recent is None and (at == len(self._sorted) or self._sorted[at] != prefix):
+        recent, older = self._recent.get(prefix), equal(self._sorted, prefix)
+        if recent is None and not older:
             return ()  # as nearly always while a stage is new
-        places = [*(recent or ())]
-        while at < len(self._sorted) and self._sorted[at] == prefix:
-            places.append(int(self._places[at]))
-            at += 1
+        places = [*(recent or ()), *(int(self._places[at]) for at in older)]
         return [(self._names[place >> _ROW_BITS], place & (1 << _ROW_BITS) - 1) for place in places]
 
     def _sort_in(self) -> None:
@@ -59,3 +56,11 @@ class Loose:
         self._prefixes, self._places = prefixes[order], np.concatenate([self._places, new[:, 1]])[order]
         self._sorted = self._prefixes.data
         self._recent, self._n_recent = {}, 0
+
+
+def equal(prefixes: memoryview, prefix: int) -> range:
+    """Where the prefix stands among sorted ones."""
+    start = stop = bisect_left(prefixes, prefix)
+    while stop < len(prefixes) and prefixes[stop] == prefix:
+        stop += 1
+    return range(start, stop)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import re
 import uuid
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -24,7 +23,7 @@ import polars as pl
 
 from mllmsrec_core.errors import StoreError
 from storage.files import Files
-from storage.loose import Loose
+from storage.loose import Loose, equal
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -180,11 +179,9 @@ class Shelf:
                 found.append(row)
         parts = self._indexed.get(key[0])
         for name, prefixes in parts if parts is not None else self._index(key[0]):
-            at = bisect_left(prefixes, prefix)
-            while at < len(prefixes) and prefixes[at] == prefix:
+            for at in equal(prefixes, prefix):
                 if (row := self._value(name, at))[0] == key:
                     found.append(row)
-                at += 1
         return found
 
     def _read_loose(self) -> None:

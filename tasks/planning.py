@@ -20,7 +20,8 @@ from mllmsrec_core.stages import STAGES, score
 from storage.tables import content_digest
 from tasks.carry import HASHES, count_asks, hashed, read_last
 from tasks.config import Options
-from tasks.run_stage import done_schema, fingerprint, model_name, split
+from tasks.finished import done_schema
+from tasks.run_stage import fingerprint, model_name, split
 from tasks.stage_task import STAGE_BY_NAME, draw_sample, gather, readers, ready, sample_of, standing
 from tasks.work import Work
 

@@ -18,7 +18,7 @@ from mllmsrec_core.errors import Passing
 from mllmsrec_core.stage import Inputs, Row, Stage, conform
 from mllmsrec_core.stages import STAGES
 from storage.replies import Replies
-from tasks.run_stage import done_schema
+from tasks.finished import done_schema
 from tasks.runner import How, Unit, run_rows
 from tasks.stage_task import inputs_of
 from tasks.work import Work
